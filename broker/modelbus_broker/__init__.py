@@ -1,0 +1,1 @@
+"""The bus: names, messages, streams, pulling, replies, registry, blobs, embedded server, credentials."""

@@ -1,0 +1,239 @@
+"""Everything that can go wrong, as classes with a code that travels on the bus and an HTTP status.
+
+ModelBusError
+├── InvalidRequest                 400 invalid_request
+│   ├── UnsupportedField           400 unsupported_field
+│   └── ContextLengthExceeded      400 context_length_exceeded
+├── AuthenticationFailed           401 invalid_api_key
+├── ModelNotFound                  404 model_not_found
+├── NotFound                       404 not_found
+├── Conflict                       409 conflict
+├── RequestTooLarge                413 request_too_large
+├── QueueFull                      429 queue_full
+├── RequestCancelled               499 request_cancelled
+├── EngineFailed                   500 engine_failed
+├── PoisonRequest                  500 poison_request
+├── UpstreamFailed                 502 upstream_failed
+├── WorkerLost                     502 worker_lost
+├── StreamCut                      502 stream_cut
+├── ModelUnavailable               503 model_unavailable
+├── BusUnavailable                 503 bus_unavailable
+├── DeadlineExceeded               504 deadline_exceeded
+├── DeploymentFailed               500 deployment_failed
+│   └── NoRoom                     503 no_room
+├── UndeployRefused                409 undeploy_refused
+├── MissingExtra                   500 missing_extra
+├── EmbeddedServerFailed           500 embedded_server_failed
+└── ConfigurationError             400 configuration_error
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .messages.publisher import Failed, Usage
+
+
+class ModelBusError(Exception):
+    """The root of all errors that modelbus raises.
+
+    Attributes:
+        code: a stable word for programs; travels on the bus and in OpenAI error bodies.
+        status: the HTTP status that says it best.
+        retryable: the same request may succeed later or elsewhere.
+        param: the request field at fault, if one is.
+        retry_after_s: how long to wait, 0 if unknown.
+        upstream: the provider's own text, if a provider failed.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    default_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        param: str = "",
+        retry_after_s: float = 0.0,
+        upstream: str = "",
+        status: int = 0,
+    ) -> None:
+        super().__init__(message or (self.__doc__ or "").strip().partition("\n")[0])
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.upstream = upstream
+        self.status = status or self.default_status
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+    def failed(self, *, id: str, run: str, seq: int, usage: Usage | None = None) -> Failed:
+        """The frame that carries this error to the publisher."""
+        return Failed(
+            id=id, run=run, seq=seq, code=self.code, message=self.message, status=self.status,
+            param=self.param, retry_after_s=self.retry_after_s, upstream=self.upstream, usage=usage or Usage(),
+        )  # fmt: skip
+
+
+class InvalidRequest(ModelBusError):
+    """The request cannot be understood."""
+
+    code, default_status = "invalid_request", 400
+
+
+class UnsupportedField(InvalidRequest):
+    """The model's engine cannot do what this field asks for."""
+
+    code = "unsupported_field"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and the output asked for do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationFailed(ModelBusError):
+    """The API key is missing or wrong."""
+
+    code, default_status = "invalid_api_key", 401
+
+
+class ModelNotFound(ModelBusError):
+    """No model of this name is deployed. `modelbus models` lists those that are."""
+
+    code, default_status = "model_not_found", 404
+
+
+class NotFound(ModelBusError):
+    """There is nothing of this name."""
+
+    code, default_status = "not_found", 404
+
+
+class Conflict(ModelBusError):
+    """It is there already, or someone changed it meanwhile."""
+
+    code, default_status = "conflict", 409
+
+
+class RequestTooLarge(ModelBusError):
+    """The request's body is larger than the gateway takes."""
+
+    code, default_status = "request_too_large", 413
+
+
+class QueueFull(ModelBusError):
+    """The model's queue has reached its limit. Try again later."""
+
+    code, default_status, retryable = "queue_full", 429, True
+
+
+class RequestCancelled(ModelBusError):
+    """The request was cancelled."""
+
+    code, default_status = "request_cancelled", 499
+
+
+class EngineFailed(ModelBusError):
+    """The engine failed while it ran the request."""
+
+    code, default_status = "engine_failed", 500
+
+
+class PoisonRequest(ModelBusError):
+    """The request ended its workers too often and lies with the dead letters now."""
+
+    code, default_status = "poison_request", 500
+
+
+class UpstreamFailed(ModelBusError):
+    """The provider answered with an error; its own words are in ``upstream``."""
+
+    code, default_status, retryable = "upstream_failed", 502, True
+
+
+class WorkerLost(ModelBusError):
+    """The worker was lost and no other could take over."""
+
+    code, default_status, retryable = "worker_lost", 502, True
+
+
+class StreamCut(ModelBusError):
+    """The stream ended before the answer was complete."""
+
+    code, default_status, retryable = "stream_cut", 502, True
+
+
+class ModelUnavailable(ModelBusError):
+    """The model is deployed but no worker of it is alive."""
+
+    code, default_status, retryable = "model_unavailable", 503, True
+
+
+class BusUnavailable(ModelBusError):
+    """The bus cannot be reached. `modelbus start --head` starts one on this host."""
+
+    code, default_status, retryable = "bus_unavailable", 503, True
+
+
+class DeadlineExceeded(ModelBusError):
+    """The request's time was up before its answer was complete."""
+
+    code, default_status, retryable = "deadline_exceeded", 504, True
+
+
+class DeploymentFailed(ModelBusError):
+    """The deployment could not be brought up; the message has the engine's own words."""
+
+    code = "deployment_failed"
+
+
+class NoRoom(DeploymentFailed):
+    """No node has room for what the deployment asks for."""
+
+    code, default_status, retryable = "no_room", 503, True
+
+
+class UndeployRefused(ModelBusError):
+    """Requests are waiting for this model: undeploy with `--drain` or `--drop`."""
+
+    code, default_status = "undeploy_refused", 409
+
+
+class MissingExtra(ModelBusError):
+    """A library that this engine needs is not installed here."""
+
+    code = "missing_extra"
+
+
+class EmbeddedServerFailed(ModelBusError):
+    """The embedded nats-server could not be started."""
+
+    code = "embedded_server_failed"
+
+
+class ConfigurationError(ModelBusError):
+    """A setting has a value that it cannot have."""
+
+    code, default_status = "configuration_error", 400
+
+
+def _classes(root: type[ModelBusError]) -> list[type[ModelBusError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _classes(child))]
+
+
+_BY_CODE = {cls.code: cls for cls in _classes(ModelBusError)}
+
+
+def error_of(failed: Failed) -> ModelBusError:
+    """The exception that a failed frame stands for; unknown codes of newer peers become ``ModelBusError``."""
+    return _BY_CODE.get(failed.code, ModelBusError)(
+        failed.message,
+        param=failed.param,
+        retry_after_s=failed.retry_after_s,
+        upstream=failed.upstream,
+        status=failed.status,
+    )

@@ -1,0 +1,96 @@
+"""Everything that travels on the bus: one module per receiver.
+
+| module | who receives it |
+|---|---|
+| ``worker`` | workers: requests, control messages |
+| ``publisher`` | gateways and SDK processes: frames, alive messages |
+| ``registry`` | readers of the buckets: deployments, claims, workers, nodes |
+| ``ledger`` | the usage and dead-letter streams |
+| ``chat`` | the tasks inside a request |
+"""
+
+from .base import Message, Row, encode, to_json
+from .chat import (
+    AudioData,
+    AudioPart,
+    Chat,
+    ChatMessage,
+    Completion,
+    Embedding,
+    FileData,
+    FilePart,
+    FunctionCall,
+    ImagePart,
+    ImageURL,
+    Part,
+    RefusalPart,
+    Role,
+    Sampling,
+    Task,
+    TextPart,
+    ToolCall,
+)
+from .ledger import DeadLetter, UsageEvent, decode_dead_letter, decode_usage_events
+from .publisher import (
+    TERMINAL,
+    Accepted,
+    Alive,
+    AliveReply,
+    Delta,
+    Done,
+    Failed,
+    FindRun,
+    FinishReason,
+    Frame,
+    RunState,
+    Started,
+    TokenLogprob,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+    Vectors,
+    decode_alive,
+    decode_alive_reply,
+    decode_frames,
+)
+from .registry import (
+    GPU,
+    Capabilities,
+    Claim,
+    Deployment,
+    NodeRecord,
+    StartFailure,
+    WorkerRecord,
+    decode_claim,
+    decode_deployment,
+    decode_node,
+    decode_start_failure,
+    decode_worker,
+)
+from .worker import (
+    Adopt,
+    BlobRef,
+    Control,
+    Go,
+    Lane,
+    LetGo,
+    Probe,
+    Request,
+    Resend,
+    Stop,
+    decode_control,
+    decode_request,
+    decode_task,
+)
+
+__all__ = [
+    "GPU", "TERMINAL", "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef",
+    "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
+    "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "Frame", "FunctionCall", "Go",
+    "ImagePart", "ImageURL", "Lane", "LetGo", "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request",
+    "Resend", "Role", "Row", "RunState", "Sampling", "StartFailure", "Started", "Stop", "Task", "TextPart",
+    "TokenLogprob", "ToolCall", "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord",
+    "decode_alive", "decode_alive_reply", "decode_claim", "decode_control", "decode_dead_letter",
+    "decode_deployment", "decode_frames", "decode_node", "decode_request", "decode_start_failure", "decode_task",
+    "decode_usage_events", "decode_worker", "encode", "to_json",
+]  # fmt: skip

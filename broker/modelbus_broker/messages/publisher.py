@@ -1,0 +1,160 @@
+"""What a publisher receives: frames on ``mb.rsp.<publisher>.<worker>``, alive messages on ``mb.gw.<publisher>``.
+
+A bus message there is a *list* of frames of any requests: all that became ready in one turn of the worker's
+event loop. ``run`` names the execution (see ``modelbus_broker.names.run_name``), ``seq`` counts the frames of
+one run from 0 without gaps.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .base import Message, Row
+
+FinishReason = Literal["", "stop", "length", "tool_calls", "content_filter", "function_call"]
+
+
+class TopLogprob(Row, frozen=True, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(Row, frozen=True, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top: list[TopLogprob] = []
+    token_id: int = -1
+
+
+class ToolCallDelta(Row, frozen=True, kw_only=True):
+    """A piece of a tool call: ``arguments`` is appended to the call with the same index."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class Usage(Row, frozen=True, kw_only=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  #: of the prompt
+    reasoning_tokens: int = 0  #: of the completion
+    estimated: bool = False  #: counted by us because the provider gave none
+
+
+class Accepted(Row, frozen=True, kw_only=True, tag="a"):
+    """A worker has the request in hand; it has not started."""
+
+    id: str
+    run: str
+    seq: int
+    ack_subject: str  #: whoever publishes +TERM there takes the message from this run
+    position: int = 0  #: output tokens that the run starts from, over all choices
+    compat: str = ""
+    delivery: int = 1
+
+
+class Started(Row, frozen=True, kw_only=True, tag="s"):
+    """The engine is about to get the request."""
+
+    id: str
+    run: str
+    seq: int
+    prompt_tokens: int = 0  #: 0: not known yet
+
+
+class Delta(Row, frozen=True, kw_only=True, tag="d"):
+    """New output of one choice."""
+
+    id: str
+    run: str
+    seq: int
+    choice: int = 0
+    text: str = ""
+    token_ids: list[int] = []
+    position: int = 0  #: output tokens of this choice after this frame
+    finish_reason: FinishReason = ""  #: set in the last delta of a choice
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
+    logprobs: list[TokenLogprob] = []
+    refusal: str = ""
+
+
+class Vectors(Row, frozen=True, kw_only=True, tag="v"):
+    """Embeddings ``start``, ``start + 1`` ...: each ``dimensions`` float32, little endian."""
+
+    id: str
+    run: str
+    seq: int
+    start: int
+    dimensions: int
+    data: list[bytes]
+
+
+class Done(Row, frozen=True, kw_only=True, tag="z"):
+    """The answer is complete. ``seq`` is the last of the run."""
+
+    id: str
+    run: str
+    seq: int
+    usage: Usage = Usage()
+    engine_ms: float = 0.0
+    upstream_model: str = ""  #: the model name that a provider reported
+    system_fingerprint: str = ""
+
+
+class Failed(Row, frozen=True, kw_only=True, tag="f"):
+    """The request ended without an answer, or in the middle of one. ``seq`` is the last of the run."""
+
+    id: str
+    run: str
+    seq: int
+    code: str  #: see modelbus_broker.errors
+    message: str
+    status: int = 500  #: the HTTP status that says it best
+    param: str = ""
+    retry_after_s: float = 0.0
+    upstream: str = ""  #: the provider's own error text
+    usage: Usage = Usage()
+
+
+Frame = Accepted | Started | Delta | Vectors | Done | Failed
+TERMINAL = (Done, Failed)
+
+
+class RunState(Row, frozen=True, kw_only=True):
+    id: str
+    run: str
+    seq: int  #: of the last frame sent; -1 before the first
+    state: Literal["held", "running", "ended"]
+
+
+class Alive(Message, frozen=True, kw_only=True, tag="alive"):
+    """Every 400 ms from each worker to each publisher with runs there."""
+
+    worker: str
+    steps: int  #: the engine's step counter: stands still when the engine hangs
+    runs: list[RunState] = []
+
+
+class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
+    """The publisher's answer to an alive message."""
+
+    stop: list[str] = []  #: ids of runs that nobody wants
+    confirmed: list[str] = []  #: runs whose terminal frame has come: the ring may forget them
+
+
+class FindRun(Message, frozen=True, kw_only=True, tag="find"):
+    """On ``mb.find``, to all workers: who runs, or remembers, this id? Only that one answers with a RunState."""
+
+    id: str
+
+
+decode_frames = msgspec.msgpack.Decoder(list[Frame]).decode
+decode_alive = msgspec.msgpack.Decoder(Alive).decode
+decode_alive_reply = msgspec.msgpack.Decoder(AliveReply).decode

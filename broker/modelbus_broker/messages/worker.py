@@ -1,0 +1,98 @@
+"""What a worker receives: requests from its queue and control messages on ``mb.ctl.<worker>``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .base import Message
+from .chat import Task
+
+Lane = Literal["re", "hi", "lo"]
+
+
+class BlobRef(Message, frozen=True, kw_only=True):
+    """A claim check: the bytes are in the blob store under this name."""
+
+    name: str
+    size: int  #: bytes
+    sha256: str
+
+
+class Request(Message, frozen=True, kw_only=True, tag="request"):
+    """One request as it lies in the queue. ``attempt`` n+1 is published when the run of attempt n is lost."""
+
+    id: str
+    model: str
+    task: Task | None = None  #: None: it is in ``blob``
+    blob: BlobRef | None = None
+    attempt: int = 1
+    crashes: int = 0  #: runs that had started and ended without done or failed
+    max_crashes: int = 3
+    budget_ms: int = 600_000  #: counts from the time the stream stored the message
+    lane: Lane = "hi"
+    share: int = 0
+    tenant: str = ""
+    compat: str = ""  #: only a worker of this compat may take it; "" = any
+    revision: str = ""  #: set by deploy's test request: only this revision may take it
+    output_token_ids: list[list[int]] = []  #: per choice, what earlier attempts already produced
+    emitted_chars: list[int] = []  #: per choice, characters that have reached the client
+    prompt_tokens: int = 0  #: of attempt 1, so that usage does not count handed-over tokens as prompt
+    idempotency_key: str = ""
+    background: bool = False  #: runs to its end even when nobody listens
+    handover: bool = False  #: given up by a draining worker; not a crash
+    stream: bool = True  #: the client reads tokens as they come
+    traceparent: str = ""  #: W3C trace context
+    tracestate: str = ""
+
+
+class Stop(Message, frozen=True, kw_only=True, tag="stop"):
+    """Abort this request: nobody wants its answer."""
+
+    id: str
+    run: str = ""  #: only this run; "" = every run of the id
+    reason: str = "cancelled"
+
+
+class Go(Message, frozen=True, kw_only=True, tag="go"):
+    """The publisher says that this run is the one that counts."""
+
+    id: str
+    run: str
+
+
+class LetGo(Message, frozen=True, kw_only=True, tag="let_go"):
+    """Another run of the request counts: abort, send no terminal frame, do not ack."""
+
+    id: str
+    run: str
+
+
+class Resend(Message, frozen=True, kw_only=True, tag="resend"):
+    """Send again what the ring holds of this run, from ``seq`` on."""
+
+    id: str
+    run: str
+    seq: int = 0
+
+
+class Adopt(Message, frozen=True, kw_only=True, tag="adopt"):
+    """Another publisher takes the request over; its frames and its alive messages go there from now on."""
+
+    id: str
+    publisher: str
+    seq: int = 0
+
+
+class Probe(Message, frozen=True, kw_only=True, tag="probe"):
+    """Are you there? A worker answers with an ``Alive`` for the asking publisher; 503 means gone."""
+
+    publisher: str
+
+
+Control = Stop | Go | LetGo | Resend | Adopt | Probe
+
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_task = msgspec.msgpack.Decoder(Task).decode
+decode_control = msgspec.msgpack.Decoder(Control).decode

@@ -1,0 +1,1 @@
+"""What runs on hosts: the node, the worker loop and the engines."""

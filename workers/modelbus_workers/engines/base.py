@@ -1,0 +1,188 @@
+"""The port of an engine: the one thing to write when a new kind of model shall run behind the bus.
+
+An engine is made with an ``EngineConfig``, started once, and then asked for answers by methods named after the
+task (``chat``, ``completion``, ``embedding``), each an async generator of typed outputs. The worker cancels the
+task that iterates a generator to abort it: an engine must stop its work when its generator is closed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+import msgspec
+from modelbus_broker.errors import ConfigurationError, MissingExtra, UnsupportedField
+from modelbus_broker.messages import (
+    Capabilities,
+    Chat,
+    ChatMessage,
+    Completion,
+    Embedding,
+    FinishReason,
+    Sampling,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a deployment says to its engine."""
+
+    model: str
+    params: Mapping[str, str] = {}  #: prefix cut, secrets resolved; see ``secret_params``
+    secret_params: frozenset[str] = frozenset()  #: names whose values must never be shown
+    model_path: str = ""
+    pretrained_model_type: str = ""
+    slots: int = 0  #: 0: the engine's own number
+    gpus: tuple[int, ...] = ()
+    cpus: float = 0.0
+
+    def __repr__(self) -> str:
+        shown = {k: "***" if k in self.secret_params else v for k, v in self.params.items()}
+        return f"EngineConfig(model={self.model!r}, model_path={self.model_path!r}, params={shown!r})"
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine may know of the request beyond its task."""
+
+    id: str
+    deadline: float = float("inf")  #: event-loop time
+    output_token_ids: list[list[int]] = []  #: per choice: go on after these
+    emitted_chars: list[int] = []  #: per choice: characters the client has; output starts after them
+    prompt_tokens: int = 0  #: of the first attempt, 0 if this is it
+    stream: bool = True
+    traceparent: str = ""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """Optional first output: the prompt has been read."""
+
+    tokens: int
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """New output of one choice. ``finish_reason`` is set in the last one of each choice."""
+
+    choice: int = 0
+    text: str = ""
+    token_ids: list[int] = []
+    tokens: int = -1  #: how many tokens this is when the ids are not known; -1 = len(token_ids)
+    finish_reason: FinishReason = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
+    logprobs: list[TokenLogprob] = []
+    refusal: str = ""
+
+
+class VectorBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Embeddings of inputs ``start``, ``start + 1``, ...; each little-endian float32."""
+
+    start: int
+    dimensions: int
+    data: list[bytes]
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """The last output of every answer."""
+
+    usage: Usage
+    upstream_model: str = ""
+    system_fingerprint: str = ""
+
+
+#: Asks for one token; what ``self_test`` sends.
+_TEST_CHAT = Chat(messages=[ChatMessage(role="user", content="Hello")], sampling=Sampling(max_tokens=1))
+
+EngineOutput = Prompt | Output | VectorBatch | Finished
+
+
+class Engine(ABC):
+    """The port. Subclasses override the tasks they serve and name them in their capabilities."""
+
+    #: The name that deployments use.
+    name: ClassVar[str]
+    #: Modules that must be importable on a node that offers this engine, and the extra that brings them.
+    needs: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+    #: Names of parameters whose values are secrets: sealed on the bus, masked wherever they are shown.
+    secrets: ClassVar[frozenset[str]] = frozenset({"api_key", "token", "secret_key", "access_token", "password"})
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        #: Counts engine steps; the worker reports it, so that a hung engine is found while its process lives.
+        self.steps = 0
+
+    @classmethod
+    def missing(cls) -> str:
+        """Why this engine cannot run here, in words for the user; "" if it can."""
+        absent = [module for module in cls.needs if importlib.util.find_spec(module) is None]
+        if not absent:
+            return ""
+        return f"engine {cls.name!r} needs {', '.join(absent)}: pip install 'modelbus[{cls.extra or cls.name}]'"
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Loads the model or checks the provider. Raises with words that help when it cannot."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What it can do with this model; known after ``start``."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many requests it runs at once; known after ``start``."""
+
+    def compat(self) -> str:
+        """What must be equal for another worker to go on from this one's tokens; "" if none can."""
+        return ""
+
+    async def self_test(self) -> None:
+        """Makes one token (or one vector) for real. Raises in the engine's own words when that fails."""
+        run = Run(id="self-test", stream=False)
+        if "chat" in self.capabilities().tasks:
+            outputs = self.chat(_TEST_CHAT, run)
+        elif "completion" in self.capabilities().tasks:
+            outputs = self.completion(Completion(prompt=["Hello"], sampling=_TEST_CHAT.sampling), run)
+        else:
+            outputs = self.embedding(Embedding(input=["Hello"]), run)
+        async for _ in outputs:
+            pass
+
+    def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} does not serve chat", param="model")
+
+    def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} does not serve text completion", param="model")
+
+    def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} does not serve embeddings", param="model")
+
+    async def close(self) -> None:
+        """Lets go of everything; no generator is open any more."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The engine of this name, from the ``modelbus.engines`` entry points; its heavy imports happen in ``start``.
+
+    Raises:
+        ConfigurationError: there is no engine of this name.
+        MissingExtra: its module cannot be imported here.
+    """
+    found = {point.name: point for point in entry_points(group="modelbus.engines")}
+    if name not in found:
+        raise ConfigurationError(f"there is no engine {name!r}; installed are: {', '.join(sorted(found))}")
+    try:
+        loaded = found[name].load()
+    except ImportError as error:
+        raise MissingExtra(f"engine {name!r} cannot be imported here: {error}") from error
+    assert isinstance(loaded, type) and issubclass(loaded, Engine)
+    return loaded
+
+
+def engine_names() -> list[str]:
+    return sorted({point.name for point in entry_points(group="modelbus.engines")})
