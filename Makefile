@@ -1,0 +1,53 @@
+# Everything that can be done with a checkout; `make` alone lists it.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench bench-setup docs lock clean
+SHELL := /bin/bash
+
+# The first Python of this machine that is new enough; name another with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+MADE := .venv/.made
+BIN := .venv/bin
+SOURCES := broker sdk workers gateway tests scripts
+
+help: ## this list
+	@echo "modelbus: any large model, on any host, behind one durable bus"; echo
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@echo; echo "The first of them to run sets up .venv (Python 3.11+ and pip are all it needs)."
+
+setup: $(MADE) ## make .venv with everything in it; the second time it only checks
+
+$(MADE): pyproject.toml constraints/core.txt constraints/openai2.txt scripts/setup.sh
+	@scripts/setup.sh $(PYTHON)
+
+demo: $(MADE) ## start a bus and a real language model, ask it a question through HTTP, stop everything
+	@$(BIN)/python scripts/demo.py
+
+test: $(MADE) ## all tests, with real servers and processes; one file: make test ARGS=tests/broker/test_x.py
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(MADE) ## ruff, mypy --strict and the direction of imports
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || echo "(make format would rewrite some files)"
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(MADE) ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix-only --quiet $(SOURCES); $(BIN)/ruff format $(SOURCES)
+
+bench: $(MADE) ## measure against a bare server, ratios in a table; some rows: make bench ARGS="chat streams --seconds 2"
+	@$(BIN)/python tests/bench/run.py $(ARGS)
+
+bench-setup: $(MADE) ## make .venv-litellm, the proxy that one row of the table is compared with
+	@[[ -x .venv-litellm/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-litellm
+	$(BIN)/uv pip install --python .venv-litellm/bin/python --constraint constraints/litellm.txt 'litellm[proxy]'
+
+docs: $(MADE) ## write the generated parts of docs/ again (the command line's help)
+	@$(BIN)/python scripts/docs.py
+
+lock: $(MADE) ## write constraints/ from the environments as they are now
+	@scripts/lock.sh
+
+clean: ## remove environments, caches and build output
+	rm -rf .venv .venv-openai2 .venv-litellm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
