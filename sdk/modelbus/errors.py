@@ -1,0 +1,39 @@
+"""The errors of modelbus, in one tree under ``ModelBusError``; see ``modelbus_broker.errors`` for the drawing."""
+
+from __future__ import annotations
+
+from modelbus_broker.errors import (
+    AuthenticationFailed,
+    BusUnavailable,
+    ConfigurationError,
+    Conflict,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    DeploymentFailed,
+    EmbeddedServerFailed,
+    EngineFailed,
+    InvalidRequest,
+    MissingExtra,
+    ModelBusError,
+    ModelNotFound,
+    ModelUnavailable,
+    NoRoom,
+    NotFound,
+    PoisonRequest,
+    QueueFull,
+    RequestCancelled,
+    RequestTooLarge,
+    StreamCut,
+    UndeployRefused,
+    UnsupportedField,
+    UpstreamFailed,
+    WorkerLost,
+)
+
+__all__ = [
+    "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict", "ContextLengthExceeded",
+    "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed", "InvalidRequest",
+    "MissingExtra", "ModelBusError", "ModelNotFound", "ModelUnavailable", "NoRoom", "NotFound", "PoisonRequest",
+    "QueueFull", "RequestCancelled", "RequestTooLarge", "StreamCut", "UndeployRefused", "UnsupportedField",
+    "UpstreamFailed", "WorkerLost",
+]  # fmt: skip
