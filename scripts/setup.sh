@@ -17,7 +17,8 @@ fi
 started=$SECONDS
 say "Setting up .venv with $("$python" --version)."
 echo "    To download, if not in a cache: PyTorch (about 200 MB for CPU; up to 3 GB where pip's index offers the CUDA build),"
-echo "    the other packages (about 250 MB), the language model SmolLM2-135M-Instruct (98 MB). On disk: about 2 GB."
+echo "    the other packages (about 200 MB), a small language model and a small embedding model (about 180 MB)."
+echo "    On disk afterwards: about 2 GB (of the CPU build)."
 
 step "virtual environment"
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv || {
