@@ -1,0 +1,100 @@
+"""What is deployed and what is alive, as one process sees it now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+from . import names
+from .buckets import BucketReader
+from .connection import Bus
+from .messages import (
+    Deployment,
+    NodeRecord,
+    StartFailure,
+    WorkerRecord,
+    decode_deployment,
+    decode_node,
+    decode_start_failure,
+    decode_worker,
+)
+
+RECORD_TTL_S = 10.0
+
+
+class Registry:
+    """Reads the buckets of deployments, workers, nodes and start failures, and keeps up with them."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._deployments = BucketReader(bus, names.BUCKET_DEPLOYMENTS, decode_deployment)
+        self._workers = BucketReader(bus, names.BUCKET_WORKERS, decode_worker, ttl_s=RECORD_TTL_S, trust=True)
+        self._nodes = BucketReader(bus, names.BUCKET_NODES, decode_node, ttl_s=RECORD_TTL_S, trust=True)
+        self._failures = BucketReader(bus, names.BUCKET_FAILURES, decode_start_failure)
+        self._readers = (self._deployments, self._workers, self._nodes, self._failures)
+
+    async def start(self) -> None:
+        """Reads everything once and keeps up from then on.
+
+        Raises:
+            BusUnavailable: a bucket cannot be read; `declare_bus` makes them.
+        """
+        await asyncio.gather(*(reader.start() for reader in self._readers))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(reader.close() for reader in self._readers))
+
+    @property
+    def ready(self) -> bool:
+        return all(reader.ready for reader in self._readers)
+
+    async def refresh(self) -> None:
+        """Reads everything again now, for a caller who has just written."""
+        await asyncio.gather(*(reader.reread() for reader in self._readers))
+
+    async def changed(self, timeout_s: float) -> bool:
+        """Waits until anything has changed; False if nothing did within the time."""
+        waits = [asyncio.ensure_future(reader.changed(timeout_s)) for reader in self._readers]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return any(wait.result() for wait in done)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*waits, return_exceptions=True)
+
+    @property
+    def deployments(self) -> Mapping[str, Deployment]:
+        """By the key ``names.deployment_key(name)``."""
+        return self._deployments.values
+
+    @property
+    def workers(self) -> Mapping[str, WorkerRecord]:
+        """Live ones, by id."""
+        return self._workers.values
+
+    @property
+    def nodes(self) -> Mapping[str, NodeRecord]:
+        """Live ones, by id."""
+        return self._nodes.values
+
+    @property
+    def failures(self) -> Mapping[str, StartFailure]:
+        """By the key ``names.failure_key(...)``."""
+        return self._failures.values
+
+    def deployment(self, name: str) -> Deployment | None:
+        return self._deployments.values.get(names.deployment_key(name))
+
+    def models(self) -> list[str]:
+        """The names that clients can ask for, sorted."""
+        return sorted({deployment.model for deployment in self.deployments.values()})
+
+    def deployments_of(self, model: str) -> list[Deployment]:
+        return [deployment for deployment in self.deployments.values() if deployment.model == model]
+
+    def workers_of(self, model: str, state: str = "ok") -> list[WorkerRecord]:
+        """Live workers of a model in a state ("" = any), by replica."""
+        found = [w for w in self.workers.values() if w.model == model and (not state or w.state == state)]
+        return sorted(found, key=lambda worker: (worker.deployment, worker.replica, worker.id))
