@@ -1,0 +1,293 @@
+"""The engine ``echo``: an ordinary engine that needs nothing and repeats what it is told.
+
+It serves tests and benchmarks: its answers are exact, its pace and its failures are parameters
+(``docs/engines-saas.md`` lists them). What it answers is decided in ``modelbus.testing.echo``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from modelbus.testing.echo import (
+    EchoAnswer,
+    count_tokens,
+    echo_answer,
+    echo_logprob,
+    echo_vector,
+    token_id,
+)
+from modelbus_broker.errors import ConfigurationError, ModelBusError, error_of
+from modelbus_broker.messages import (
+    Capabilities,
+    Chat,
+    ChatMessage,
+    Completion,
+    Embedding,
+    Failed,
+    Sampling,
+    TextPart,
+    Usage,
+)
+
+from .base import Engine, EngineConfig, EngineOutput, Finished, Output, Prompt, Run, VectorBatch
+from .params import read_params
+
+#: Waits are rounded up to this grid, so that many paced streams wake in one turn of the event loop.
+_GRID_S = 0.001
+#: Long waits count as engine steps this often: a slow engine is not a hung one.
+_STEP_S = 1.0
+_FAIL = re.compile(r"never|always|(?P<how>first|every):(?P<count>[1-9][0-9]*)")
+
+
+class EchoSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The parameters of an ``echo`` deployment."""
+
+    delay_ms: float = 0.0  #: before the first token
+    interval_ms: float = 0.0  #: between tokens
+    chunk: int = 0  #: tokens per output; 0: all of them, or 1 when there is an interval
+    tokens: int = 0  #: length of every answer; 0: as long as the text
+    text: str = ""  #: answer this instead of what was said
+    slots: int = 1024
+    dimensions: int = 64  #: of embeddings
+    context_length: int = 0  #: only told, not kept
+    start_delay_ms: float = 0.0
+    start_error: str = ""  #: the start fails with these words
+    fail: str = "never"  #: never, always, first:N, every:N (requests)
+    fail_after: int = 0  #: tokens that still come before a failure, a crash or a hang
+    fail_code: str = "engine_failed"  #: a code of modelbus_broker.errors
+    fail_text: str = "the echo engine was told to fail"
+    crash_on: str = ""  #: the process dies when the prompt contains this
+    hang_on: str = ""  #: the engine stands still when the prompt contains this
+
+
+class EchoEngine(Engine):
+    """Says what it was told, at the pace and with the failures that its parameters ask for."""
+
+    name = "echo"
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.settings = read_params(EchoSettings, config.params, engine=self.name)
+        _check(self.settings)
+        self._requests = 0
+        self._clock = _Clock()
+
+    async def start(self) -> None:
+        if self.settings.start_delay_ms:
+            await asyncio.sleep(self.settings.start_delay_ms / 1000)
+        if self.settings.start_error:
+            raise ConfigurationError(self.settings.start_error)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            tasks=["chat", "completion", "embedding"], can_continue=True, vision=True, audio=True, files=True,
+            logprobs=True, n=True, seed=True, token_prompts=True, context_length=self.settings.context_length,
+            dimensions=self.settings.dimensions, extra_fields=["*"],
+        )  # fmt: skip
+
+    @property
+    def slots(self) -> int:
+        return self.config.slots or self.settings.slots
+
+    def compat(self) -> str:
+        said = f"{self.settings.tokens} {self.settings.text}"
+        return "echo" + hashlib.sha256(said.encode()).hexdigest()[:12]
+
+    async def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
+        said = next((_said(message) for message in reversed(task.messages) if message.role == "user"), "")
+        prompt_tokens = sum(count_tokens(_said(message)) for message in task.messages)
+        texts = [self.settings.text or said]
+        async for output in self._answer(texts, said, prompt_tokens, task.sampling, run):
+            yield output
+
+    async def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
+        prompts = [p if isinstance(p, str) else " ".join(map(str, p)) for p in task.prompt]
+        texts = [self.settings.text or prompt for prompt in prompts]
+        prompt_tokens = sum(map(count_tokens, prompts))
+        prefixes = prompts if task.echo else ()
+        async for output in self._answer(texts, "\n".join(prompts), prompt_tokens, task.sampling, run, prefixes):
+            yield output
+
+    async def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
+        fails = self._fails(run)
+        await self._pause(self._now() + self.settings.delay_ms / 1000)
+        await self._misbehave("\n".join(text for text in task.input if isinstance(text, str)), fails, 0)
+        dimensions = task.dimensions or self.settings.dimensions
+        self.steps += 1
+        yield VectorBatch(start=0, dimensions=dimensions, data=[echo_vector(text, dimensions) for text in task.input])
+        tokens = sum(count_tokens(text) if isinstance(text, str) else len(text) for text in task.input)
+        yield Finished(usage=Usage(prompt_tokens=tokens))
+
+    async def _answer(
+        self,
+        texts: Sequence[str],
+        said: str,
+        prompt_tokens: int,
+        sampling: Sampling,
+        run: Run,
+        prefixes: Sequence[str] = (),
+    ) -> AsyncIterator[EngineOutput]:
+        """Yields the choices of all texts side by side, token by token or at once."""
+        settings = self.settings
+        fails = self._fails(run)
+        began = self._now()
+        prompt_tokens = run.prompt_tokens or prompt_tokens
+        yield Prompt(prompt_tokens)
+        choices = [
+            _Choice(
+                index * sampling.n + i,
+                echo_answer(text, sampling, tokens=settings.tokens, choice=i),
+                prefix=prefixes[index] if prefixes else "",
+                alternatives=sampling.logprobs,
+                run=run,
+            )
+            for index, text in enumerate(texts)
+            for i in range(sampling.n)
+        ]
+        misbehaves = fails or (settings.crash_on and settings.crash_on in said)
+        misbehaves = misbehaves or (settings.hang_on and settings.hang_on in said)
+        chunk = settings.chunk or (1 if settings.interval_ms else 1 << 30)
+        due = began + settings.delay_ms / 1000
+        done = 0
+        open_choices = choices
+        while open_choices:
+            if due > self._now():
+                await self._pause(due)
+            elif done:
+                await asyncio.sleep(0)  # a long answer must not keep the event loop from others
+            if misbehaves and done >= settings.fail_after:
+                await self._misbehave(said, fails, done)
+            count = min(chunk, settings.fail_after - done) if misbehaves else chunk
+            for choice in open_choices:
+                self.steps += 1
+                yield choice.next(count)
+            open_choices = [choice for choice in open_choices if not choice.ended]
+            done += count
+            due += settings.interval_ms / 1000 * count
+        if misbehaves:
+            await self._misbehave(said, fails, done)
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=sum(choice.total for choice in choices))
+        yield Finished(usage=usage)
+
+    def _fails(self, run: Run) -> bool:
+        """Counts the request and says whether its turn to fail has come."""
+        if run.id == "self-test":
+            return False
+        self._requests += 1
+        match = _FAIL.fullmatch(self.settings.fail)
+        assert match is not None
+        if match["how"] is None:
+            return self.settings.fail == "always"
+        count = int(match["count"])
+        return self._requests <= count if match["how"] == "first" else self._requests % count == 0
+
+    async def _misbehave(self, said: str, fails: bool, done: int) -> None:
+        if self.settings.hang_on and self.settings.hang_on in said:
+            await asyncio.get_running_loop().create_future()
+        if self.settings.crash_on and self.settings.crash_on in said:
+            if done:
+                await asyncio.sleep(0.05)  # what was said so far shall reach the bus
+            os._exit(86)
+        if fails:
+            raise _failure(self.settings)
+
+    async def _pause(self, until: float) -> None:
+        """Waits until this event-loop time; a time that has passed costs nothing."""
+        while (left := until - self._now()) > 0:
+            await self._clock.at(until if left <= _STEP_S else until - left + _STEP_S)
+            self.steps += 1
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _Choice:
+    """One choice on its way out: knows what was said and what is left."""
+
+    def __init__(self, index: int, answer: EchoAnswer, *, prefix: str, alternatives: int | None, run: Run) -> None:
+        self.index = index
+        self.total = len(answer.pieces)
+        self.ended = False
+        self._answer = answer
+        self._alternatives = alternatives
+        self._visible = prefix + answer.text
+        earlier = run.output_token_ids[index] if index < len(run.output_token_ids) else []
+        self._position = min(len(earlier), self.total)
+        #: Characters that the tokens up to the position have, stop string included.
+        self._reached = len(prefix) + sum(len(piece) for piece in answer.pieces[: self._position])
+        self._emitted = run.emitted_chars[index] if index < len(run.emitted_chars) else 0
+
+    def next(self, count: int) -> Output:
+        new = self._answer.pieces[self._position : self._position + count]
+        self._position += len(new)
+        self._reached += sum(map(len, new))
+        self.ended = self._position >= self.total
+        visible = self._visible[self._emitted : self._reached]
+        self._emitted = max(self._emitted, min(self._reached, len(self._visible)))
+        logprobs = [] if self._alternatives is None else [echo_logprob(piece, self._alternatives) for piece in new]
+        return Output(
+            choice=self.index,
+            text=visible,
+            token_ids=[token_id(piece) for piece in new],
+            finish_reason=self._answer.finish_reason if self.ended else "",
+            logprobs=logprobs,
+        )
+
+
+class _Clock:
+    """Sleeps that share timers: all that wake in the same millisecond wake in one turn of the event loop."""
+
+    def __init__(self) -> None:
+        self._sleepers: dict[int, list[asyncio.Future[None]]] = {}
+
+    def at(self, when: float) -> asyncio.Future[None]:
+        """A future that is done at this event-loop time, at most a millisecond later."""
+        loop = asyncio.get_running_loop()
+        slot = int(when / _GRID_S) + 1
+        sleeper = loop.create_future()
+        sleepers = self._sleepers.get(slot)
+        if sleepers is None:
+            self._sleepers[slot] = [sleeper]
+            loop.call_at(slot * _GRID_S, self._wake, slot)
+        else:
+            sleepers.append(sleeper)
+        return sleeper
+
+    def _wake(self, slot: int) -> None:
+        for sleeper in self._sleepers.pop(slot):
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+
+def _said(message: ChatMessage) -> str:
+    """The text of a message; a part that is no text leaves its type in brackets."""
+    if isinstance(message.content, list):
+        return "".join(
+            part.text if isinstance(part, TextPart) else f" [{msgspec.to_builtins(part)['type']}]"
+            for part in message.content
+        )
+    return message.content or ""
+
+
+def _failure(settings: EchoSettings) -> ModelBusError:
+    frame = Failed(id="", run="", seq=0, code=settings.fail_code, message=settings.fail_text, status=0)
+    return error_of(frame)
+
+
+def _check(settings: EchoSettings) -> None:
+    if not _FAIL.fullmatch(settings.fail):
+        raise ConfigurationError(f"parameter fail is never, always, first:N or every:N, not {settings.fail!r}")
+    if _failure(settings).code != settings.fail_code:
+        raise ConfigurationError(f"parameter fail_code: there is no error code {settings.fail_code!r}")
+    for name in ("delay_ms", "interval_ms", "chunk", "tokens", "start_delay_ms", "fail_after", "context_length"):
+        if getattr(settings, name) < 0:
+            raise ConfigurationError(f"parameter {name} must not be negative")
+    for name in ("slots", "dimensions"):
+        if getattr(settings, name) < 1:
+            raise ConfigurationError(f"parameter {name} must be at least 1")
