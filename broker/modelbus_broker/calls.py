@@ -1,0 +1,163 @@
+"""One request as its publisher sees it: what has come, what is still to be read, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from .errors import ModelBusError, RequestCancelled, error_of
+from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
+from .reception import Reception, Verdict
+
+if TYPE_CHECKING:
+    from .publisher import Publisher
+
+#: What a reader of a call gets.
+Answer = Started | Delta | Vectors | Done
+
+#: Bytes of frames that wait for a slow reader; what comes beyond is dropped and read again from the worker's ring.
+WAITING_LIMIT = 1 << 20
+
+
+class Call:
+    """A published request and its answer.
+
+    Read it with :meth:`batches`. Leaving ``async with call`` before the end cancels the request on the bus; so does
+    the cancellation of the task that reads it.
+    """
+
+    def __init__(self, publisher: Publisher, request: Request, deadline: float) -> None:
+        self._publisher = publisher
+        self.request = request  #: of the first attempt
+        self.id = request.id
+        self.model = request.model
+        self.deadline = deadline  #: event-loop time
+        self.started = time.monotonic()
+        self.reception = Reception(request.attempt)
+        self.attempt = request  #: the request as published last
+        self.accepted: Accepted | None = None
+        self.engine_started = False
+        self.last_alive = self.started  #: when its worker last listed it
+        self.missing = 0  #: alive messages in a row that did not list it
+        self.stream = ""  #: where the message lies
+        self.stream_seq = 0
+        self.resend_asked = 0.0
+        self.over = False  #: the last frame, or an error, has come
+        self.overflowed = False  #: frames were dropped because the reader is slow
+        #: Output per choice, so that another worker can go on from here.
+        self.token_ids: list[list[int]] = []
+        self.chars: list[int] = []
+        self.delivered = False  #: some output has come
+        self._frames: list[Answer] = []
+        self._bytes = 0
+        self._error: ModelBusError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # The router's side
+
+    def offer(self, frame: Frame, size: int) -> Verdict:
+        """Takes a frame that came from the bus, if it counts."""
+        if self.over:
+            return Verdict.DROP
+        if self._bytes + size > WAITING_LIMIT and self._frames:
+            self.overflowed = True
+        if self.overflowed and frame.run == self.reception.run:
+            return Verdict.DROP
+        verdict = self.reception.offer(frame)
+        if verdict is Verdict.TAKE:
+            self._take(frame, size)
+        return verdict
+
+    def _take(self, frame: Frame, size: int) -> None:
+        match frame:
+            case Accepted():
+                self.accepted = frame
+                self.last_alive = time.monotonic()
+                self.missing = 0
+                return
+            case Failed():
+                self.fail(error_of(frame))
+                return
+            case Started():
+                self.engine_started = True
+            case Delta():
+                self._remember(frame)
+                self.delivered = True
+            case Vectors():
+                self.delivered = True
+            case Done():
+                self.over = True
+                self._publisher.ended(self)
+        self._frames.append(frame)
+        self._bytes += size
+        self._wake()
+
+    def _remember(self, delta: Delta) -> None:
+        """Keeps what another worker would need to go on, where there is one that could."""
+        if self.accepted is None or not self.accepted.compat:
+            return
+        while len(self.token_ids) <= delta.choice:
+            self.token_ids.append([])
+            self.chars.append(0)
+        self.token_ids[delta.choice].extend(delta.token_ids)
+        self.chars[delta.choice] += len(delta.text)
+
+    def fail(self, error: ModelBusError) -> None:
+        """Ends the call with an error; frames that came before it are still read first."""
+        if not self.over:
+            self.over = True
+            self._error = error
+            self._wake()
+            self._publisher.ended(self)
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # The reader's side
+
+    async def batches(self) -> AsyncIterator[list[Answer]]:
+        """Yields lists of all frames that are ready, and ends after ``Done``.
+
+        Raises:
+            ModelBusError: the request failed, was cancelled or ran out of time.
+        """
+        while True:
+            while not self._frames and not self.over:
+                self._waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            if not self._frames:
+                break
+            frames, self._frames, self._bytes = self._frames, [], 0
+            if self.overflowed:
+                self.overflowed = False
+                self._publisher.ask_resend(self)
+            if type(frames[-1]) is Done:
+                yield frames
+                return
+            yield frames
+        assert self._error is not None
+        raise self._error
+
+    async def cancel(self) -> None:
+        """Takes the request back: out of the queue if it waits there, off its worker if it runs."""
+        if self.over:
+            return
+        self.fail(RequestCancelled("the request was cancelled"))
+        await self._publisher.withdraw(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.over and not self.request.background:
+            await self.cancel()

@@ -1,0 +1,485 @@
+"""Publishing requests and routing their answers, for gateways and for SDK processes.
+
+One wildcard subscription brings the frames of all requests; its callback sorts them into their calls and wakes the
+readers. Every 400 ms the publisher looks at what it waits for: a worker that was silent for 1.2 s is probed, and
+when it is gone, or no longer lists a run, that run is lost and the request is published as its next attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import zlib
+from typing import Any, Literal
+
+import msgspec
+
+from . import names, topology
+from .blobs import INLINE_LIMIT, put_blob
+from .calls import Call
+from .connection import Bus, JetStreamError, Msg, NoResponders
+from .errors import (
+    BusUnavailable,
+    DeadlineExceeded,
+    ModelBusError,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+    WorkerLost,
+)
+from .messages import (
+    TERMINAL,
+    Accepted,
+    Alive,
+    AliveReply,
+    Control,
+    Deployment,
+    Go,
+    LetGo,
+    Probe,
+    Request,
+    Resend,
+    Stop,
+    Task,
+    decode_alive,
+    decode_frames,
+    encode,
+)
+from .reception import Verdict
+from .registry import Registry
+
+log = logging.getLogger(__name__)
+
+ALIVE_S = 0.4
+SILENT_S = 1.2
+PROBE_S = 0.3
+#: After a reconnect live peers can look dead for some ms; nobody is declared dead so soon after it.
+RECONNECT_GRACE_S = 3.0
+DAY_MS = 24 * 3600 * 1000
+
+#: A stream is at its limit of messages or bytes.
+_FULL = (10077, 10122, 10054, 10047)
+
+
+class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a publisher publishes. The guarantees can be switched off to measure what each one costs."""
+
+    dedupe: bool = True  #: a message id, so that a retried publish is stored once
+    expiry: bool = True  #: a TTL, so that nothing lies in a queue long after its deadline
+    accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
+
+
+class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller may say about one request."""
+
+    budget_ms: int = 0  #: 0: the deployment's for lane hi, 24 h for lo and background
+    lane: Literal["hi", "lo"] = "hi"
+    tenant: str = ""
+    idempotency_key: str = ""
+    background: bool = False
+    wait: bool = False  #: queue it even while no worker of the model is alive
+    stream: bool = True
+    traceparent: str = ""
+    tracestate: str = ""
+    revision: str = ""  #: only a worker of this revision may take it
+
+
+class Publisher:
+    """Publishes requests and hands out their answers as calls."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        registry: Registry,
+        *,
+        kind: Literal["gateway", "sdk"],
+        settings: PublisherSettings | None = None,
+    ) -> None:
+        self.bus = bus
+        self.registry = registry
+        self.settings = settings or PublisherSettings()
+        self.id = names.new_publisher_id(kind)
+        #: Messages per model token in the queues when last polled.
+        self.depths: dict[str, int] = {}
+        self._calls: dict[str, Call] = {}
+        self._per_model: dict[str, int] = {}
+        self._heard: dict[str, float] = {}  # worker -> when
+        self._worker_offset = len(names.response_subject(self.id, ""))
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self._subscriptions: list[Any] = []
+        self._busy = asyncio.Event()
+
+    # Life
+
+    async def start(self) -> None:
+        """Subscribes to answers.
+
+        Raises:
+            BusUnavailable: the bus does not take the subscriptions.
+        """
+        self._subscriptions = [
+            await self.bus.subscribe(names.response_subject(self.id, "*"), self._on_frames),
+            await self.bus.subscribe(names.alive_subject(self.id), self._on_alive),
+        ]
+        self.bus.on_reconnect(self._on_reconnect)
+        self._background = [
+            asyncio.create_task(self._watch(), name="publisher-watch"),
+            asyncio.create_task(self._poll_depths(), name="publisher-depths"),
+        ]
+
+    async def close(self) -> None:
+        """Cancels what still runs and stops listening."""
+        calls = list(self._calls.values())
+        await asyncio.gather(
+            *(call.cancel() for call in calls if not call.request.background), return_exceptions=True
+        )
+        for task in [*self._background, *self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
+        for subscription in self._subscriptions:
+            await subscription.unsubscribe()
+
+    def in_flight(self) -> int:
+        """Requests whose last frame has not come."""
+        return len(self._calls)
+
+    # Publishing
+
+    async def submit(self, model: str, task: Task, options: CallOptions | None = None) -> Call:
+        """Publishes a request and returns when the queue has stored it: from then on it is not lost.
+
+        Raises:
+            ModelNotFound: no deployment serves this model.
+            ModelUnavailable: none of its workers is alive (and ``options.wait`` is off).
+            QueueFull: the model's queue is at its limit.
+            BusUnavailable: the bus did not store it in time.
+        """
+        options = options or _DEFAULT_OPTIONS
+        deployments = self.registry.deployments_of(model)
+        if not deployments:
+            known = ", ".join(self.registry.models()) or "none"
+            raise ModelNotFound(f"the model {model!r} is not deployed (deployed: {known})", param="model")
+        self._check_room(model, deployments, options)
+        request = self._request(model, task, options, deployments)
+        loop = asyncio.get_running_loop()
+        call = Call(self, request, loop.time() + request.budget_ms / 1000)
+        self._calls[call.id] = call
+        self._per_model[model] = self._per_model.get(model, 0) + 1
+        self._busy.set()
+        try:
+            payload = await self._encode(request)
+            subject = names.request_subject(model, options.lane, request.share)
+            await self._publish(call, subject, payload, request)
+        except asyncio.CancelledError:
+            call.fail(ModelBusError("cancelled"))
+            self._spawn(self.withdraw(call))
+            raise
+        except ModelBusError as error:
+            call.fail(error)
+            raise
+        if request.budget_ms < 60_000:
+            loop.call_at(call.deadline, self._expire, call)
+        return call
+
+    def _check_room(self, model: str, deployments: list[Deployment], options: CallOptions) -> None:
+        limit = max(deployment.queue_limit for deployment in deployments)
+        waiting = max(self.depths.get(names.model_token(model), 0), self._per_model.get(model, 0))
+        if waiting >= limit:
+            raise QueueFull(
+                f"{waiting} requests wait for or run on {model!r}, its limit is {limit}: try again later",
+                retry_after_s=1.0,
+            )
+        if options.wait or options.background or self.registry.workers_of(model):
+            return
+        states = sorted({worker.state for worker in self.registry.workers_of(model, "")})
+        raise ModelUnavailable(
+            f"the model {model!r} is deployed but no worker of it is ready"
+            + (f" (workers are: {', '.join(states)})" if states else ""),
+            retry_after_s=5.0,
+        )
+
+    def _request(self, model: str, task: Task, options: CallOptions, deployments: list[Deployment]) -> Request:
+        deployment = deployments[0]
+        budget_ms = options.budget_ms
+        if not budget_ms:
+            budget_ms = DAY_MS if options.lane == "lo" or options.background else deployment.budget_ms
+        return Request(
+            id=names.new_request_id(self.id),
+            model=model,
+            task=task,
+            budget_ms=budget_ms,
+            max_crashes=deployment.max_crashes,
+            lane=options.lane,
+            share=zlib.crc32(options.tenant.encode()) % deployment.shares if options.tenant else 0,
+            tenant=options.tenant,
+            revision=options.revision,
+            idempotency_key=options.idempotency_key,
+            background=options.background,
+            stream=options.stream,
+            traceparent=options.traceparent,
+            tracestate=options.tracestate,
+        )
+
+    async def _encode(self, request: Request) -> bytes:
+        """The message's bytes; a body that is too large goes to the blob store first."""
+        payload = encode(request)
+        if len(payload) <= INLINE_LIMIT:
+            return payload
+        blob = await put_blob(self.bus, f"{request.id}.{request.attempt}", encode(request.task))
+        return encode(msgspec.structs.replace(request, task=None, blob=blob))
+
+    async def _publish(self, call: Call, subject: str, payload: bytes, request: Request) -> None:
+        headers: dict[str, str] = {}
+        if self.settings.dedupe:
+            headers["Nats-Msg-Id"] = names.message_id(request.id, request.attempt)
+        if self.settings.expiry:
+            headers["Nats-TTL"] = f"{request.budget_ms // 1000 + 60}s"
+        end = time.monotonic() + min(self.settings.accept_timeout_s, request.budget_ms / 1000)
+        while True:
+            try:
+                ack = await self.bus.js_publish(subject, payload, headers=headers, timeout_s=2.0)
+            except JetStreamError as error:
+                if error.err_code in _FULL:
+                    raise QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0) from error
+                raise
+            except (BusUnavailable, NoResponders) as error:
+                # The answer may be lost and not the message: its frames are as good as a PubAck.
+                if call.reception.run or call.over:
+                    return
+                if time.monotonic() >= end or not self.settings.dedupe:
+                    raise BusUnavailable(f"the bus did not store the request: {error.message}") from error
+                await asyncio.sleep(0.1)
+                continue
+            call.stream, call.stream_seq = ack.stream, ack.seq
+            return
+
+    # Routing
+
+    def _on_frames(self, msg: Msg) -> None:
+        worker = msg.subject[self._worker_offset :]
+        self._heard[worker] = time.monotonic()
+        try:
+            frames = decode_frames(msg.data)
+        except msgspec.MsgspecError as error:
+            log.warning("frames of worker %s cannot be decoded: %s", worker, error)
+            return
+        size = len(msg.data) // (len(frames) or 1)
+        calls = self._calls
+        for frame in frames:
+            call = calls.get(frame.id)
+            if call is None:
+                if type(frame) is Accepted:
+                    # Cancelled while it was queued, or of a publisher's earlier life.
+                    self._control(worker, Stop(id=frame.id, run=frame.run))
+                continue
+            verdict = call.offer(frame, size)
+            if verdict is Verdict.TAKE:
+                if type(frame) is Accepted and frame.delivery > 1:
+                    self._control(worker, Go(id=frame.id, run=frame.run))
+            elif verdict is Verdict.GAP:
+                self.ask_resend(call, worker)
+            elif verdict is Verdict.STALE:
+                if type(frame) not in TERMINAL:
+                    self._control(worker, Stop(id=frame.id, run=frame.run, reason="superseded"))
+            elif verdict is Verdict.RIVAL:
+                self._control(worker, LetGo(id=frame.id, run=frame.run))
+
+    def ended(self, call: Call) -> None:
+        """A call has its last frame, or an error."""
+        if self._calls.pop(call.id, None) is None:
+            return
+        left = self._per_model.get(call.model, 1) - 1
+        if left:
+            self._per_model[call.model] = left
+        else:
+            self._per_model.pop(call.model, None)
+
+    def ask_resend(self, call: Call, worker: str = "") -> None:
+        """Asks the worker of the run that counts for its frames from the next one on."""
+        now = time.monotonic()
+        if not call.reception.run or now - call.resend_asked < 0.05:
+            return
+        call.resend_asked = now
+        worker = worker or names.parse_run(call.reception.run)[2]
+        self._control(worker, Resend(id=call.id, run=call.reception.run, seq=call.reception.next_seq))
+
+    def _control(self, worker: str, message: Control) -> None:
+        self._spawn(self._send(names.control_subject(worker), encode(message)))
+
+    async def _send(self, subject: str, payload: bytes) -> None:
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.publish(subject, payload)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Alive messages
+
+    def _on_alive(self, msg: Msg) -> None:
+        try:
+            alive = decode_alive(msg.data)
+        except msgspec.MsgspecError as error:
+            log.warning("an alive message cannot be decoded: %s", error)
+            return
+        reply = self._hear(alive)
+        if msg.reply:
+            self._spawn(self._send(msg.reply, encode(reply)))
+
+    def _hear(self, alive: Alive) -> AliveReply:
+        """Compares what a worker runs for us with what we wait for."""
+        now = time.monotonic()
+        self._heard[alive.worker] = now
+        stop: list[str] = []
+        confirmed: list[str] = []
+        listed: set[str] = set()
+        for state in alive.runs:
+            listed.add(state.id)
+            call = self._calls.get(state.id)
+            if call is None:
+                (confirmed if state.state == "ended" else stop).append(state.run)
+            elif call.reception.run in ("", state.run):
+                if names.parse_run(state.run)[0] < call.reception.fence:
+                    stop.append(state.run)
+                    continue
+                call.last_alive, call.missing = now, 0
+                if state.seq >= call.reception.next_seq and not call.overflowed:
+                    # The last frames of a run leave no gap when they are lost.
+                    call.reception.run = state.run
+                    self.ask_resend(call, alive.worker)
+            elif state.state == "ended":
+                confirmed.append(state.run)
+            else:
+                stop.append(state.run)
+        for call in list(self._calls.values()):
+            run = call.reception.run
+            if run and run.endswith(alive.worker) and call.id not in listed and call.accepted:
+                call.missing += 1
+                if call.missing >= 2 and now - call.last_alive > ALIVE_S:
+                    self._lost(call, "its worker no longer has it")
+        return AliveReply(stop=stop, confirmed=confirmed)
+
+    async def _watch(self) -> None:
+        """Looks for workers that are silent and for requests whose time is up."""
+        while True:
+            await asyncio.sleep(ALIVE_S)
+            loop_time = asyncio.get_running_loop().time()
+            silent: dict[str, list[Call]] = {}
+            now = time.monotonic()
+            for call in list(self._calls.values()):
+                if loop_time >= call.deadline:
+                    self._expire(call)
+                elif call.reception.run:
+                    worker = names.parse_run(call.reception.run)[2]
+                    if now - max(self._heard.get(worker, 0.0), call.last_alive) > SILENT_S:
+                        silent.setdefault(worker, []).append(call)
+            if silent and self.bus.connected_for_s > RECONNECT_GRACE_S:
+                await asyncio.gather(*(self._probe(worker, calls) for worker, calls in silent.items()))
+            if len(self._heard) > 1000:
+                self._heard = {worker: at for worker, at in self._heard.items() if now - at < 60}
+
+    async def _probe(self, worker: str, calls: list[Call]) -> None:
+        try:
+            payload = encode(Probe(publisher=self.id))
+            msg = await self.bus.request(names.control_subject(worker), payload, timeout_s=PROBE_S)
+        except (NoResponders, TimeoutError):
+            if self.bus.connected_for_s > RECONNECT_GRACE_S:
+                for call in calls:
+                    if not call.over:
+                        self._lost(call, f"worker {worker} does not answer")
+        except BusUnavailable:
+            return
+        else:
+            self._hear(decode_alive(msg.data))
+
+    def _expire(self, call: Call) -> None:
+        if not call.over:
+            seconds = call.request.budget_ms / 1000
+            call.fail(DeadlineExceeded(f"no complete answer within {seconds:g} s"))
+            self._spawn(self.withdraw(call))
+
+    async def withdraw(self, call: Call) -> None:
+        """Takes a request off the bus: its message, and its run if it has one."""
+        if call.reception.run:
+            worker = names.parse_run(call.reception.run)[2]
+            await self._send(names.control_subject(worker), encode(Stop(id=call.id)))
+        # That the delete succeeds does not say that it was still queued: a worker that has it is told to stop
+        # when its `accepted` comes for a request that is no longer known here.
+        if call.stream_seq:
+            with contextlib.suppress(ModelBusError):
+                await self.bus.js_request(
+                    f"STREAM.MSG.DELETE.{call.stream}", {"seq": call.stream_seq, "no_erase": True}
+                )
+
+    # A run is lost
+
+    def _lost(self, call: Call, why: str) -> None:
+        """Fences the lost run off and publishes the next attempt, where one can give the right answer."""
+        accepted, started = call.accepted, call.engine_started
+        if accepted is None:
+            return
+        attempt = call.reception.raise_fence()
+        call.accepted, call.engine_started, call.missing = None, False, 0
+        call.last_alive = time.monotonic()
+        goes_on = bool(call.delivered and accepted.compat and self._compat_alive(call.model, accepted))
+        log.warning("request %s: attempt %d is lost: %s", call.id, attempt - 1, why)
+        if call.delivered and not goes_on:
+            call.fail(WorkerLost(f"the answer was cut: {why}, and no other worker can go on from what was sent"))
+            self._spawn(self._terminate(accepted, "the run is lost"))
+            return
+        request = msgspec.structs.replace(
+            call.attempt,
+            attempt=attempt,
+            lane="re",
+            crashes=call.attempt.crashes + (1 if started else 0),
+            compat=accepted.compat if goes_on else "",
+            output_token_ids=[list(ids) for ids in call.token_ids] if goes_on else [],
+            emitted_chars=list(call.chars) if goes_on else [],
+            budget_ms=max(1000, int((call.deadline - asyncio.get_running_loop().time()) * 1000)),
+        )
+        call.attempt = request
+        self._spawn(self._republish(call, request, accepted))
+
+    def _compat_alive(self, model: str, accepted: Accepted) -> bool:
+        lost = names.parse_run(accepted.run)[2]
+        workers = self.registry.workers_of(model)
+        return any(w.compat == accepted.compat and w.capabilities.can_continue and w.id != lost for w in workers)
+
+    async def _republish(self, call: Call, request: Request, accepted: Accepted) -> None:
+        try:
+            if request.compat:
+                await topology.declare_model(self.bus, call.model, compats=[request.compat])
+            payload = await self._encode(request)
+            await self._publish(call, names.resume_subject(call.model, request.compat), payload, request)
+        except ModelBusError as error:
+            call.fail(WorkerLost(f"the worker was lost and the request could not be published again: {error.message}"))
+            return
+        # In this order: a refused publish must not lose the request.
+        await self._terminate(accepted, "the next attempt is published")
+
+    async def _terminate(self, accepted: Accepted, why: str) -> None:
+        await self._send(accepted.ack_subject, f"+TERM {why}".encode())
+
+    async def _on_reconnect(self) -> None:
+        # Nobody was heard while we were cut off; that is no sign of death.
+        now = time.monotonic()
+        for call in self._calls.values():
+            call.last_alive, call.missing = now, 0
+
+    async def _poll_depths(self) -> None:
+        """Reads how full the queues are, each second in which something was submitted."""
+        while True:
+            await self._busy.wait()
+            if not self._calls:
+                self._busy.clear()
+            with contextlib.suppress(BusUnavailable):
+                self.depths = await topology.depths(self.bus)
+            await asyncio.sleep(1.0)
+
+
+_DEFAULT_OPTIONS = CallOptions()
+
