@@ -68,11 +68,14 @@ class Delivery:
     async def end(self) -> web.StreamResponse:
         """Ends the body; waits for the client to take the rest."""
         self.comments = False
-        self.writing_since = time.monotonic()
-        try:
-            await self.response.write_eof()
-        finally:
-            self.writing_since = 0.0
+        async with self._lock:
+            self.writing_since = time.monotonic()
+            try:
+                if not self.response.prepared:
+                    await self.response.prepare(self._request)
+                await self.response.write_eof()
+            finally:
+                self.writing_since = 0.0
         return self.response
 
 

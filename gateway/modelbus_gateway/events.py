@@ -50,7 +50,15 @@ class ChatEvents:
     """
 
     def __init__(
-        self, *, id: str, created: int, model: str, role: str, logprobs: bool, include_usage: bool, legacy_functions: bool
+        self,
+        *,
+        id: str,
+        created: int,
+        model: str,
+        role: str,
+        logprobs: bool,
+        include_usage: bool,
+        legacy_functions: bool,
     ) -> None:
         self._head = (
             b'data: {"id":"chatcmpl-%b","object":"chat.completion.chunk","created":%d,"model":%b,'
@@ -98,7 +106,9 @@ class ChatEvents:
             content=delta.text if delta.text or (first and not delta.tool_calls) else UNSET,
             reasoning_content=delta.reasoning or UNSET,
             refusal=delta.refusal or UNSET,
-            tool_calls=[_tool_call(call) for call in delta.tool_calls] if delta.tool_calls and not self._legacy else UNSET,
+            tool_calls=[_tool_call(call) for call in delta.tool_calls]
+            if delta.tool_calls and not self._legacy
+            else UNSET,
             function_call=_legacy_call(delta.tool_calls) if self._legacy else UNSET,
         )
         logprobs = to_json(chat_logprobs(delta.logprobs)) if self._logprobs and delta.logprobs else b"null"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -180,13 +182,21 @@ def embedding_answer(answer: AnswerBuilder, *, model: str, base64: bool) -> byte
     return to_json(
         EmbeddingAnswer(
             data=[
-                EmbeddingItem(index=index, embedding=vector if base64 else memoryview(vector).cast("f").tolist())
+                EmbeddingItem(index=index, embedding=vector if base64 else _floats(vector))
                 for index, vector in enumerate(answer.vectors)
             ],
             model=model,
             usage=EmbeddingUsageBody(prompt_tokens, prompt_tokens),
         )
     )
+
+
+def _floats(vector: bytes) -> list[float]:
+    numbers = array("f")
+    numbers.frombytes(vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
 
 
 def usage_body(usage: Usage) -> UsageBody:

@@ -89,7 +89,9 @@ def gateway_settings(arguments: Sequence[str]) -> GatewaySettings:
         if getattr(given, name) <= 0:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be more than 0")
     settings = GatewaySettings(
-        bus=bus_settings(given.address, given.creds, tls_ca=given.tls_ca, tls_cert=given.tls_cert, tls_key=given.tls_key),
+        bus=bus_settings(
+            given.address, given.creds, tls_ca=given.tls_ca, tls_cert=given.tls_cert, tls_key=given.tls_key
+        ),
         host=given.host,
         port=given.port,
         processes=given.processes,
@@ -134,13 +136,17 @@ def secret(value: str, name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="modelbus serve", description="Serves the models on the bus to OpenAI clients over HTTP.", allow_abbrev=False
+        prog="modelbus serve",
+        description="Serves the models on the bus to OpenAI clients over HTTP.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: only this host)")
     add("--port", type=int, default=8000, help="1 to 65535 (default: 8000)")
     add("--processes", type=int, default=1, help="processes that share the port (default: 1)")
-    add("--address", default="", help="the bus: nats://HOST:PORT (default: MODELBUS_ADDRESS, else the one on this host)")
+    add(
+        "--address", default="", help="the bus: nats://HOST:PORT (default: MODELBUS_ADDRESS, else the one on this host)"
+    )
     add("--creds", default="", help="credential file for the bus (default: MODELBUS_CREDS)")
     add("--tls-ca", default="", help="certificate authority of the bus, PEM")
     add("--tls-cert", default="", help="client certificate for the bus, PEM")

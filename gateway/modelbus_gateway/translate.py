@@ -19,7 +19,6 @@ from modelbus_broker.messages import (
     Completion,
     Embedding,
     FilePart,
-    FunctionCall,
     ImagePart,
     Sampling,
     ToolCall,
@@ -353,8 +352,7 @@ def _timeout(timeout_s: float | None) -> float:
 def _messages(messages: list[RequestMessage], needs: list[Need]) -> list[ChatMessage]:
     if not messages:
         raise InvalidRequest(
-            "Invalid 'messages': empty array. Expected an array with minimum length 1, "
-            "but got an empty array instead.",
+            "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array instead.",
             param="messages",
         )
     result: list[ChatMessage] = []
@@ -479,9 +477,7 @@ def _function_name(tool: dict[str, Any], at: str) -> str:
     return name
 
 
-def _allowed(
-    tools: list[dict[str, Any]], names: list[str], choice: dict[str, Any]
-) -> tuple[list[dict[str, Any]], str]:
+def _allowed(tools: list[dict[str, Any]], names: list[str], choice: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """``allowed_tools`` lets the model see fewer tools; we show it fewer."""
     allowed = choice.get("allowed_tools")
     at = "tool_choice.allowed_tools"
@@ -512,7 +508,11 @@ def _response_format(given: dict[str, Any] | None, needs: list[Need]) -> dict[st
             schema = given.get("json_schema")
             for name, kinds in (("name", str), ("schema", dict)):
                 if not isinstance(schema, dict) or not isinstance(schema.get(name), kinds):
-                    param = f"response_format.json_schema.{name}" if isinstance(schema, dict) else "response_format.json_schema"
+                    param = (
+                        f"response_format.json_schema.{name}"
+                        if isinstance(schema, dict)
+                        else "response_format.json_schema"
+                    )
                     raise InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
         case _:
             raise _not_one_of("response_format.type", kind, ("text", "json_object", "json_schema"))
@@ -590,9 +590,3 @@ def _not_one_of(param: str, value: object, choices: Sequence[str]) -> InvalidReq
         f"Invalid value: {value!r}. Supported values are: {', '.join(repr(choice) for choice in choices)}.",
         param=param,
     )
-
-
-__all__ = [
-    "CHAT_BODY", "COMPLETION_BODY", "EMBEDDING_BODY", "Body", "FunctionCall", "Need", "Translation", "check_needs",
-    "translate_chat", "translate_completion", "translate_embedding",
-]  # fmt: skip

@@ -1,0 +1,194 @@
+"""The one middleware: the key, CORS, errors in the shape of the OpenAI API, and the count of it all."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from modelbus_broker.errors import AuthenticationFailed, ModelBusError, RequestTooLarge
+
+from .metrics import Metrics
+from .settings import GatewaySettings
+
+log = logging.getLogger(__name__)
+
+#: Headers that scripts of other origins may read.
+EXPOSED_HEADERS = "x-request-id, retry-after"
+_METHODS = "GET, POST, HEAD, OPTIONS"
+
+
+class Exchange:
+    """What the middleware and the handler of one request tell each other."""
+
+    __slots__ = ("headers", "model", "started", "status")
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        self.started = time.monotonic()
+        self.headers = headers  #: of every response to this request
+        self.model = ""  #: once it is known to be deployed
+        self.status = 0  #: counted in place of the response's, which went out before the answer failed
+
+
+EXCHANGE = web.RequestKey("exchange", Exchange)
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    upstream: str | msgspec.UnsetType = msgspec.UNSET  #: a provider's own words
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+def error_body(error: ModelBusError) -> bytes:
+    """The JSON of an error, in the shape of the OpenAI API."""
+    return _body(error.status, error.message, error.code, error.param, error.upstream)
+
+
+def edge(settings: GatewaySettings, metrics: Metrics) -> Middleware:
+    """Makes the middleware."""
+    key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
+    cors = _cors(settings)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        origin = request.headers.get("Origin")
+        exchange = request[EXCHANGE] = Exchange(cors(origin) if origin is not None else {})
+        status = 499  # whatever is not answered: its client has hung up
+        metrics.in_flight.inc()
+        try:
+            if request.method == "OPTIONS":
+                response: web.StreamResponse = _preflight(request, settings)
+            else:
+                if key and request.path.startswith("/v1/"):
+                    _check_key(request, key)
+                response = await handler(request)
+            status = exchange.status or response.status
+        except ModelBusError as error:
+            status, response = error.status, _error_response(error)
+        except web.HTTPException as error:
+            status, response = error.status, _http_error(request, error, settings)
+        except ConnectionError:
+            raise  # the client is gone: aiohttp closes what is left
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            status, response = 500, web.Response(
+                status=500, content_type="application/json",
+                body=_body(500, "The gateway failed; its log says why.", "internal_error"),
+            )  # fmt: skip
+        finally:
+            metrics.in_flight.dec()
+            metrics.ended(_route(request), exchange.model, status, time.monotonic() - exchange.started)
+        if exchange.headers and not response.prepared:
+            response.headers.update(exchange.headers)
+        return response
+
+    return middleware
+
+
+def _body(status: int, message: str, code: str, param: str = "", upstream: str = "") -> bytes:
+    if status == 429:
+        kind = "rate_limit_error"
+    else:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    return msgspec.json.encode(
+        ErrorBody(
+            ErrorDetail(
+                message=message, type=kind, param=param or None, code=code or None, upstream=upstream or msgspec.UNSET
+            )
+        )
+    )
+
+
+def _error_response(error: ModelBusError) -> web.Response:
+    response = web.Response(status=error.status, body=error_body(error), content_type="application/json")
+    if error.retry_after_s or error.status == 429:
+        response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def _http_error(request: web.Request, error: web.HTTPException, settings: GatewaySettings) -> web.Response:
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    match error.status:
+        case 404:
+            message, code = f"Unknown request URL: {request.method} {request.path}.", "unknown_url"
+        case 405:
+            allowed = headers.get("Allow", "")
+            message, code = (
+                f"Method {request.method} is not allowed for {request.path}; allowed: {allowed}.",
+                "method_not_allowed",
+            )
+        case 413:
+            return _error_response(body_too_large(settings.max_body_bytes))
+        case _:
+            message, code = error.reason, "http_error"
+    return web.Response(
+        status=error.status, body=_body(error.status, message, code), headers=headers, content_type="application/json"
+    )
+
+
+def body_too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The body of the request is larger than {limit} bytes, the limit of this gateway.")
+
+
+def _check_key(request: web.Request, key: bytes) -> None:
+    given = request.headers.get("Authorization", "")
+    if not given:
+        raise AuthenticationFailed(
+            "You didn't provide an API key. Send it in the header 'Authorization: Bearer YOUR_KEY'."
+        )
+    scheme, _, value = given.partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(b"Bearer " + value.strip().encode(errors="replace"), key):
+        raise AuthenticationFailed("Incorrect API key provided.")
+
+
+def _cors(settings: GatewaySettings) -> Callable[[str], dict[str, str]]:
+    """What an origin is told. With credentials the browser wants the origin by name and not ``*``."""
+    everyone = "*" in settings.allowed_origins
+    if everyone and not settings.allow_credentials:
+        open_headers = {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": EXPOSED_HEADERS}
+        return lambda origin: dict(open_headers)
+    allowed = frozenset(settings.allowed_origins)
+
+    def headers(origin: str) -> dict[str, str]:
+        if not everyone and origin not in allowed:
+            return {"Vary": "Origin"}
+        named = {
+            "Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": EXPOSED_HEADERS
+        }  # fmt: skip
+        if settings.allow_credentials:
+            named["Access-Control-Allow-Credentials"] = "true"
+        return named
+
+    return headers
+
+
+def _preflight(request: web.Request, settings: GatewaySettings) -> web.Response:
+    headers = {"Allow": _METHODS}
+    if "Access-Control-Request-Method" in request.headers:
+        everything = "*" in settings.allowed_headers
+        wanted = request.headers.get("Access-Control-Request-Headers", "*")
+        headers |= {
+            "Access-Control-Allow-Methods": _METHODS if "*" in settings.allowed_methods else ", ".join(settings.allowed_methods),
+            # ``*`` does not cover Authorization, so what is asked for is named.
+            "Access-Control-Allow-Headers": wanted if everything else ", ".join(settings.allowed_headers),
+            "Access-Control-Max-Age": "600",
+        }  # fmt: skip
+    return web.Response(status=204, headers=headers)
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern: few values, whatever clients ask for."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "(none)"

@@ -1,0 +1,73 @@
+"""One gateway process: listens, serves, and stops in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable
+
+from aiohttp import web
+from modelbus_broker.connection import Bus
+from modelbus_broker.errors import ConfigurationError
+
+from .app import create_app
+from .settings import GatewaySettings
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    settings: GatewaySettings, bus: Bus | None = None, *, reuse_port: bool = False
+) -> AsyncIterator[web.Application]:
+    """Serves while the block runs. At its end no new connection is taken, and running requests have
+    ``shutdown_grace_s`` to come to their end.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+        BusUnavailable, AuthenticationFailed: the bus cannot be reached.
+    """
+    app = create_app(settings, bus)
+    # Access logs cost more than the requests; /metrics counts them.
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=settings.shutdown_grace_s,
+        handle_signals=False,
+    )
+    try:
+        await runner.setup()
+        site = web.TCPSite(
+            runner,
+            settings.host,
+            settings.port,
+            ssl_context=settings.tls(),
+            backlog=1024,
+            reuse_port=reuse_port or None,
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            raise cannot_listen(settings, error) from error
+        yield app
+    finally:
+        await runner.cleanup()
+
+
+def cannot_listen(settings: GatewaySettings, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
+
+
+async def serve(settings: GatewaySettings, ready: Callable[[], None], *, reuse_port: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT; a second one cuts what still runs. ``ready`` is called once it listens."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with listening(settings, reuse_port=reuse_port):
+        ready()
+        await stop.wait()
+        serving = asyncio.current_task()
+        assert serving is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, serving.cancel)
