@@ -89,9 +89,7 @@ class Bucket:
         """
         subject = names.bucket_subject(self.name, key)
         try:
-            await self.bus.js_publish(
-                subject, b"", expected_last_subject_seq=seq, headers={"KV-Operation": "DEL"}
-            )
+            await self.bus.js_publish(subject, b"", expected_last_subject_seq=seq, headers={"KV-Operation": "DEL"})
         except JetStreamError as error:
             if error.err_code in _WRONG_LAST_SEQUENCE:
                 raise Conflict(f"{self.name}/{key} was changed meanwhile") from error

@@ -239,9 +239,7 @@ class Bus:
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot publish to the bus: {error}") from error
 
-    async def subscribe(
-        self, subject: str, callback: Callable[[Msg], None], *, queue: str = ""
-    ) -> Subscription:
+    async def subscribe(self, subject: str, callback: Callable[[Msg], None], *, queue: str = "") -> Subscription:
         """Listens; ``callback`` must only enqueue."""
 
         async def call(msg: Msg) -> None:

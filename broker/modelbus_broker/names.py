@@ -148,6 +148,11 @@ def parse_run(run: str) -> tuple[int, int, str]:
     return int(attempt), int(delivery), worker
 
 
+def run_key(request_id: str, run: str) -> str:
+    """One execution among those of all requests: a run's name alone repeats from request to request."""
+    return f"{request_id}/{run}"
+
+
 def message_id(request_id: str, attempt: int) -> str:
     """The ``Nats-Msg-Id`` of an attempt: publishing it twice stores it once."""
     return f"{request_id}.{attempt}"

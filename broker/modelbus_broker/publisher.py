@@ -133,9 +133,7 @@ class Publisher:
     async def close(self) -> None:
         """Cancels what still runs and stops listening."""
         calls = list(self._calls.values())
-        await asyncio.gather(
-            *(call.cancel() for call in calls if not call.request.background), return_exceptions=True
-        )
+        await asyncio.gather(*(call.cancel() for call in calls if not call.request.background), return_exceptions=True)
         for task in [*self._background, *self._tasks]:
             task.cancel()
         await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
@@ -340,11 +338,12 @@ class Publisher:
         for state in alive.runs:
             listed.add(state.id)
             call = self._calls.get(state.id)
+            key = names.run_key(state.id, state.run)
             if call is None:
-                (confirmed if state.state == "ended" else stop).append(state.run)
+                (confirmed if state.state == "ended" else stop).append(key)
             elif call.reception.run in ("", state.run):
                 if names.parse_run(state.run)[0] < call.reception.fence:
-                    stop.append(state.run)
+                    stop.append(key)
                     continue
                 call.last_alive, call.missing = now, 0
                 if state.seq >= call.reception.next_seq and not call.overflowed:
@@ -352,9 +351,9 @@ class Publisher:
                     call.reception.run = state.run
                     self.ask_resend(call, alive.worker)
             elif state.state == "ended":
-                confirmed.append(state.run)
+                confirmed.append(key)
             else:
-                stop.append(state.run)
+                stop.append(key)
         for call in list(self._calls.values()):
             run = call.reception.run
             if run and run.endswith(alive.worker) and call.id not in listed and call.accepted:
@@ -482,4 +481,3 @@ class Publisher:
 
 
 _DEFAULT_OPTIONS = CallOptions()
-

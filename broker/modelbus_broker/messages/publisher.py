@@ -145,8 +145,8 @@ class Alive(Message, frozen=True, kw_only=True, tag="alive"):
 class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
     """The publisher's answer to an alive message."""
 
-    stop: list[str] = []  #: ids of runs that nobody wants
-    confirmed: list[str] = []  #: runs whose terminal frame has come: the ring may forget them
+    stop: list[str] = []  #: keys (``names.run_key``) of runs that nobody wants
+    confirmed: list[str] = []  #: keys of runs whose last frame has come: the ring may forget them
 
 
 class FindRun(Message, frozen=True, kw_only=True, tag="find"):

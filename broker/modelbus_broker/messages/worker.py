@@ -94,5 +94,6 @@ class Probe(Message, frozen=True, kw_only=True, tag="probe"):
 Control = Stop | Go | LetGo | Resend | Adopt | Probe
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_task = msgspec.msgpack.Decoder(Task).decode
+_task_decoder: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
+decode_task = _task_decoder.decode
 decode_control = msgspec.msgpack.Decoder(Control).decode

@@ -1,0 +1,55 @@
+"""What to do with a message that came out of the queue. Pure: no bus, no engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from modelbus_broker.messages import Request
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What to do, and why, in words for the client or the dead letter."""
+
+    action: Literal["run", "expire", "give_back", "dead", "done"]
+    why: str = ""
+
+
+RUN = Decision("run")
+
+
+def decide(
+    request: Request,
+    *,
+    now_ms: float,
+    stored_ms: float,
+    starts: int,
+    revision: str,
+    compat: str,
+    free: int,
+    ended: bool,
+) -> Decision:
+    """Judges one delivery.
+
+    Args:
+        now_ms: Unix time by the server's clock.
+        stored_ms: when the stream stored the message.
+        starts: how often a redelivery of this request has been started before (``runs`` bucket).
+        revision: of this worker's deployment.
+        compat: of this worker.
+        free: slots that are free now.
+        ended: this worker has already answered this attempt.
+    """
+    if ended:
+        return Decision("done", "it was answered here before its acknowledgement was stored")
+    if now_ms > stored_ms + request.budget_ms:
+        return Decision("expire", f"its {request.budget_ms / 1000:g} s were over before a worker was free")
+    if request.crashes + starts >= request.max_crashes:
+        return Decision("dead", f"its worker was lost {request.crashes + starts} times while it ran")
+    if request.revision and request.revision != revision:
+        return Decision("give_back", f"it is for revision {request.revision}")
+    if request.compat and request.compat != compat:
+        return Decision("give_back", f"it can only go on where the compat is {request.compat}")
+    if free <= 0:
+        return Decision("give_back", "no slot is free")
+    return RUN

@@ -1,0 +1,254 @@
+"""One run of one request: the engine's outputs become frames."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Literal
+
+from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, RequestCancelled
+from modelbus_broker.messages import (
+    Chat,
+    Completion,
+    Delta,
+    Done,
+    Embedding,
+    Request,
+    Started,
+    Task,
+    Usage,
+    UsageEvent,
+    Vectors,
+)
+from modelbus_broker.pulling import Pulled
+
+from .engines.base import Engine, EngineOutput, Finished, Output, Prompt, VectorBatch
+from .engines.base import Run as EngineRun
+from .outbox import Outbox, Ring
+
+log = logging.getLogger(__name__)
+
+VECTOR_FRAME_BYTES = 512 << 10
+
+
+class Execution:
+    """A request in a worker's hands, from the delivery to the last frame.
+
+    Attributes:
+        state: held (accepted, not started), running, ended.
+        wanted: False once somebody told us to stop: its outcome is "cancelled" and no error.
+        counts: False once another run of the request counts: it says nothing more and never acknowledges.
+    """
+
+    __slots__ = (
+        "began", "cancelled", "counts", "deadline", "go", "pulled", "request", "ring", "run", "seq", "started_at",
+        "state", "stop_reason", "task",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, pulled: Pulled, run: str, ring: Ring, deadline: float) -> None:
+        self.request = request
+        self.pulled = pulled
+        self.run = run
+        self.ring = ring
+        self.deadline = deadline  #: event-loop time
+        self.began = time.monotonic()
+        self.started_at = 0.0
+        self.seq = 0
+        self.state: Literal["held", "running", "ended"] = "held"
+        self.cancelled = False
+        self.stop_reason = ""
+        self.counts = True
+        self.go: asyncio.Future[bool] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def next_seq(self) -> int:
+        seq = self.seq
+        self.seq = seq + 1
+        return seq
+
+    def stop(self, reason: str) -> None:
+        """Aborts the engine's work."""
+        if self.state != "ended":
+            self.cancelled, self.stop_reason = True, reason
+            if self.task is not None:
+                self.task.cancel()
+
+    def let_go(self) -> None:
+        """Another run counts."""
+        self.counts = False
+        if self.go is not None and not self.go.done():
+            self.go.set_result(False)
+        self.stop("another run of the request counts")
+
+
+async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outbox) -> tuple[Usage, str, str]:
+    """Runs a request on the engine and sends its frames, the last one included.
+
+    Returns:
+        (usage, outcome, code): what the usage event says; outcome is done, failed or cancelled.
+    """
+    request, ring = execution.request, execution.ring
+    execution.state = "running"
+    execution.started_at = time.monotonic()
+    outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
+    usage = _Counter(request)
+    try:
+        async with asyncio.timeout_at(execution.deadline):
+            finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
+    except TimeoutError:
+        budget_s = request.budget_ms / 1000
+        error: ModelBusError = DeadlineExceeded(f"no complete answer within {budget_s:g} s")
+    except asyncio.CancelledError:
+        if not execution.cancelled:
+            raise
+        error = RequestCancelled(execution.stop_reason)
+    except ModelBusError as failure:
+        error = failure
+    except Exception as failure:  # an engine may raise anything; its words go to the client
+        log.exception("request %s failed in the engine", request.id)
+        error = EngineFailed(f"{type(failure).__name__}: {failure}")
+    else:
+        execution.state = "ended"
+        if execution.counts:
+            outbox.send(
+                ring,
+                Done(
+                    id=request.id,
+                    run=execution.run,
+                    seq=execution.next_seq(),
+                    usage=finished.usage,
+                    engine_ms=(time.monotonic() - execution.started_at) * 1000,
+                    upstream_model=finished.upstream_model,
+                    system_fingerprint=finished.system_fingerprint,
+                ),
+            )
+        return finished.usage, "done", ""
+    execution.state = "ended"
+    spent = usage.usage()
+    if execution.counts:
+        outbox.send(ring, error.failed(id=request.id, run=execution.run, seq=execution.next_seq(), usage=spent))
+    return spent, "cancelled" if isinstance(error, RequestCancelled) else "failed", error.code
+
+
+def _engine_run(execution: Execution) -> EngineRun:
+    request = execution.request
+    return EngineRun(
+        id=request.id,
+        deadline=execution.deadline,
+        output_token_ids=request.output_token_ids,
+        emitted_chars=request.emitted_chars,
+        prompt_tokens=request.prompt_tokens,
+        stream=request.stream,
+        traceparent=request.traceparent,
+    )
+
+
+def _outputs(engine: Engine, task: Task, run: EngineRun) -> AsyncIterator[EngineOutput]:
+    match task:
+        case Chat():
+            return engine.chat(task, run)
+        case Completion():
+            return engine.completion(task, run)
+        case Embedding():
+            return engine.embedding(task, run)
+
+
+class _Counter:
+    """What a run has used so far, for runs that end without the engine's own count."""
+
+    __slots__ = ("positions", "prompt_tokens")
+
+    def __init__(self, request: Request) -> None:
+        self.prompt_tokens = request.prompt_tokens
+        self.positions = [len(ids) for ids in request.output_token_ids]
+
+    def advance(self, output: Output) -> int:
+        """Counts the tokens of an output and returns its choice's position."""
+        positions = self.positions
+        while len(positions) <= output.choice:
+            positions.append(0)
+        positions[output.choice] += len(output.token_ids) if output.tokens < 0 else output.tokens
+        return positions[output.choice]
+
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=sum(self.positions), estimated=True)
+
+
+async def _pump(
+    execution: Execution, outputs: AsyncIterator[EngineOutput], outbox: Outbox, counter: _Counter
+) -> Finished:
+    request_id, run, ring = execution.request.id, execution.run, execution.ring
+    finished: Finished | None = None
+    async with aclosing(outputs) as stream:  # type: ignore[type-var]  # an engine's methods are async generators
+        async for output in stream:
+            match output:
+                case Output():
+                    if not execution.counts:
+                        continue
+                    outbox.send(
+                        ring,
+                        Delta(
+                            id=request_id,
+                            run=run,
+                            seq=execution.next_seq(),
+                            choice=output.choice,
+                            text=output.text,
+                            token_ids=output.token_ids,
+                            position=counter.advance(output),
+                            finish_reason=output.finish_reason,
+                            reasoning=output.reasoning,
+                            tool_calls=output.tool_calls,
+                            logprobs=output.logprobs,
+                            refusal=output.refusal,
+                        ),
+                    )
+                case VectorBatch():
+                    _send_vectors(execution, output, outbox)
+                case Prompt():
+                    counter.prompt_tokens = output.tokens
+                case Finished():
+                    finished = output
+    if finished is None:
+        raise EngineFailed("the engine ended the answer without saying that it is complete")
+    return finished
+
+
+def _send_vectors(execution: Execution, batch: VectorBatch, outbox: Outbox) -> None:
+    """Embeddings in frames of at most half a MiB."""
+    per_frame = max(1, VECTOR_FRAME_BYTES // (4 * max(1, batch.dimensions)))
+    for at in range(0, len(batch.data), per_frame):
+        outbox.send(
+            execution.ring,
+            Vectors(
+                id=execution.request.id,
+                run=execution.run,
+                seq=execution.next_seq(),
+                start=batch.start + at,
+                dimensions=batch.dimensions,
+                data=batch.data[at : at + per_frame],
+            ),
+        )
+
+
+def usage_event(
+    execution: Execution, *, deployment: str, usage: Usage, outcome: str, code: str, queue_ms: float
+) -> UsageEvent:
+    """The ledger's line for a run that has ended."""
+    request = execution.request
+    ran_ms = (time.monotonic() - execution.started_at) * 1000 if execution.started_at else 0.0
+    return UsageEvent(
+        id=request.id,
+        run=execution.run,
+        model=request.model,
+        deployment=deployment,
+        tenant=request.tenant,
+        usage=usage,
+        outcome=outcome if execution.counts else "waste",
+        code=code,
+        at_ms=time.time_ns() // 1_000_000,
+        queue_ms=queue_ms,
+        run_ms=ran_ms,
+    )

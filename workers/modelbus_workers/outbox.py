@@ -1,0 +1,161 @@
+"""Frames on their way to publishers.
+
+All frames that become ready in one turn of the event loop for one publisher leave as one message. No timer delays
+a frame; batches form only because there is load. A copy of each stays in the run's ring until the publisher has
+confirmed the last one, so that lost frames can be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+
+from modelbus_broker import names
+from modelbus_broker.connection import Bus
+from modelbus_broker.errors import BusUnavailable
+from modelbus_broker.messages import Delta, Frame, Vectors, encode
+
+log = logging.getLogger(__name__)
+
+RING_BYTES = 8 << 20
+RING_KEPT_S = 60.0  #: after the last frame, when no publisher confirms it
+MESSAGE_BYTES = 1 << 20
+RESEND_BYTES = 256 << 10
+
+
+class Ring:
+    """The frames of one run, from ``first`` on."""
+
+    __slots__ = ("bytes", "ended_at", "first", "frames", "publisher", "request_id", "run", "sent_seq")
+
+    def __init__(self, request_id: str, run: str, publisher: str) -> None:
+        self.request_id = request_id
+        self.run = run
+        self.publisher = publisher
+        self.frames: deque[Frame] = deque()
+        self.first = 0
+        self.bytes = 0
+        self.sent_seq = -1
+        self.ended_at = 0.0
+
+    def add(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        self.sent_seq = frame.seq
+        self.bytes += _size(frame)
+        while self.bytes > RING_BYTES and len(self.frames) > 1:
+            self.bytes -= _size(self.frames.popleft())
+            self.first += 1
+
+    def since(self, seq: int, limit: int = RESEND_BYTES) -> list[Frame]:
+        """Frames from ``seq`` on, up to about ``limit`` bytes and at least one; empty if they are gone or not yet."""
+        if seq < self.first or seq > self.sent_seq:
+            return []
+        found: list[Frame] = []
+        size = 0
+        for index in range(seq - self.first, len(self.frames)):
+            frame = self.frames[index]
+            size += _size(frame)
+            if found and size > limit:
+                break
+            found.append(frame)
+        return found
+
+
+def _size(frame: Frame) -> int:
+    """About how many bytes a frame takes."""
+    if type(frame) is Delta:
+        return 64 + 3 * len(frame.text) + 3 * len(frame.token_ids) + 100 * len(frame.logprobs)
+    if type(frame) is Vectors:
+        return 64 + sum(map(len, frame.data))
+    return 128
+
+
+class Outbox:
+    """Sends frames, and keeps them until they are confirmed."""
+
+    def __init__(self, bus: Bus, worker: str) -> None:
+        self._bus = bus
+        self._worker = worker
+        self._ready: dict[str, list[Frame]] = {}
+        self._wake = asyncio.Event()
+        self.rings: dict[str, Ring] = {}  #: by run key
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._send_all(), name="outbox")
+
+    async def close(self) -> None:
+        """Sends what is ready and stops."""
+        await self.flush()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def open(self, request_id: str, run: str) -> Ring:
+        """Starts the ring of a run; its frames go to the publisher that the request id names."""
+        ring = Ring(request_id, run, names.publisher_of(request_id))
+        self.rings[names.run_key(request_id, run)] = ring
+        return ring
+
+    def send(self, ring: Ring, frame: Frame) -> None:
+        """Queues a frame for the end of this turn of the event loop."""
+        ring.add(frame)
+        ready = self._ready.get(ring.publisher)
+        if ready is None:
+            self._ready[ring.publisher] = [frame]
+            self._wake.set()
+        else:
+            ready.append(frame)
+
+    def end(self, ring: Ring) -> None:
+        """The last frame of the run was sent."""
+        ring.ended_at = time.monotonic()
+
+    def forget(self, run_key: str) -> None:
+        """The publisher has the last frame."""
+        self.rings.pop(run_key, None)
+
+    def resend(self, request_id: str, run: str, seq: int) -> None:
+        """Sends frames of a run again."""
+        ring = self.rings.get(names.run_key(request_id, run))
+        if ring is not None:
+            frames = ring.since(seq)
+            if frames:
+                self._ready.setdefault(ring.publisher, []).extend(frames)
+                self._wake.set()
+
+    def sweep(self) -> None:
+        """Forgets runs that nobody has confirmed for too long."""
+        old = time.monotonic() - RING_KEPT_S
+        for key in [key for key, ring in self.rings.items() if 0 < ring.ended_at < old]:
+            del self.rings[key]
+
+    async def _send_all(self) -> None:
+        while True:
+            await self._wake.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Publishes all that is ready, one message per publisher."""
+        self._wake.clear()
+        ready, self._ready = self._ready, {}
+        if not self._bus.is_connected:
+            return  # the alive messages after the reconnect say what was not sent
+        for publisher, frames in ready.items():
+            await self._publish(names.response_subject(publisher, self._worker), frames)
+
+    async def _publish(self, subject: str, frames: list[Frame]) -> None:
+        payload = encode(frames)
+        if len(payload) > MESSAGE_BYTES and len(frames) > 1:
+            middle = len(frames) // 2
+            await self._publish(subject, frames[:middle])
+            await self._publish(subject, frames[middle:])
+            return
+        try:
+            await self._bus.publish(subject, payload)
+        except BusUnavailable as error:
+            log.info("frames not sent: %s", error)

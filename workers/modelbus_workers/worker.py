@@ -1,0 +1,591 @@
+"""A worker process: one engine behind the queue of one model.
+
+Started by a node as ``python -m modelbus_workers.worker`` with a ``WorkerJob`` on standard input. It starts its
+engine, tests it with one token, and only then pulls. SIGTERM drains: nothing new is taken, what runs is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from modelbus_broker import names
+from modelbus_broker.blobs import get_blob
+from modelbus_broker.buckets import Bucket
+from modelbus_broker.connection import Bus, Msg
+from modelbus_broker.errors import BusUnavailable, Conflict, DeadlineExceeded, ModelBusError, PoisonRequest, WorkerLost
+from modelbus_broker.messages import (
+    Accepted,
+    Adopt,
+    Capabilities,
+    DeadLetter,
+    Go,
+    LetGo,
+    Probe,
+    Request,
+    Resend,
+    Stop,
+    Task,
+    Usage,
+    WorkerRecord,
+    decode_control,
+    decode_request,
+    decode_task,
+    encode,
+)
+from modelbus_broker.pulling import Pulled, Puller
+from modelbus_broker.topology import consumers_of, declare_memory
+
+from .admission import Decision, decide
+from .engines.base import Engine, EngineConfig, engine_class
+from .execution import Execution, execute, usage_event
+from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
+from .ledger import Ledger
+from .liveness import Liveness
+from .outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+WorkerState = Literal["starting", "ok", "failed", "draining"]
+
+HEARTBEAT_S = 3.0
+IN_PROGRESS_S = 3.0
+GO_WAIT_S = 0.3
+DRAIN_S = 25.0
+ENDED_KEPT = 20_000  #: how many answered attempts a worker remembers
+
+
+class Worker:
+    """One engine, its slots and what is in them."""
+
+    def __init__(self, job: WorkerJob, bus: Bus, engine: Engine) -> None:
+        self.job = job
+        self.id = job.worker_id
+        self.deployment = job.deployment
+        self.bus = bus
+        self.engine = engine
+        self.compat = ""
+        self.slots = 0
+        self.outbox = Outbox(bus, self.id)
+        self.ledger = Ledger(bus, events=job.usage_events)
+        self.liveness = Liveness(bus, self.id, self)
+        self.executions: dict[str, Execution] = {}  #: by run key: held or running
+        self.stopping = asyncio.Event()
+        self._puller: Puller | None = None
+        self._state: WorkerState = "starting"
+        self._words = ""
+        self._runs = Bucket(bus, names.BUCKET_RUNS)
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clock_offset_ms = 0.0
+        self._total = self._failed = 0
+        self._last_work_ms = 0
+        self._started_ms = time.time_ns() // 1_000_000
+        self._last_beat = 0.0
+
+    # Life
+
+    async def run(self) -> int:
+        """Starts, serves until told to stop, drains. Returns the exit code."""
+        background = [asyncio.create_task(self._heartbeats(), name="heartbeats")]
+        try:
+            if not await self._start_engine():
+                return EXIT_START_FAILED
+            background += await self._start_serving()
+            await self.stopping.wait()
+            await self._drain()
+            return EXIT_STOPPED
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await self.engine.close()
+            with contextlib.suppress(ModelBusError):
+                if self._state != "failed":
+                    await Bucket(self.bus, names.BUCKET_WORKERS).delete(self.id)
+
+    async def _start_engine(self) -> bool:
+        await self.set_state("starting", "loading the model")
+        starting = asyncio.create_task(self._load(), name="engine-start")
+        stopped = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return False
+        error = starting.exception()
+        if error is None:
+            return True
+        words = error.message if isinstance(error, ModelBusError) else f"{type(error).__name__}: {error}"
+        log.error("the engine cannot start", exc_info=error)
+        with contextlib.suppress(ModelBusError):
+            await self.set_state("failed", words)
+            await self.bus.flush()
+        # The node reads the last line when the record did not arrive.
+        sys.stderr.write(words.replace("\n", " ") + "\n")
+        return False
+
+    async def _load(self) -> None:
+        await self.engine.start()
+        await self.set_state("starting", "testing the engine with one token")
+        await self.engine.self_test()
+
+    async def _start_serving(self) -> list[asyncio.Task[None]]:
+        self.slots = self.deployment.slots or self.engine.slots
+        self.compat = self.engine.compat()
+        await self._read_server_clock()
+        self.outbox.start()
+        self.ledger.start()
+        await self.bus.subscribe(names.control_subject(self.id), self._on_control)
+        self.bus.on_reconnect(self._on_reconnect)
+        compats = [self.compat] if self.compat else []
+        self._puller = Puller(
+            self.bus,
+            consumers_of(self.deployment.model, self.deployment.shares, compats),
+            free=self.free,
+            take=self._take,
+            priority=self.deployment.priority,
+        )
+        await self.set_state("ok")
+        await self._puller.start()
+        return [
+            asyncio.create_task(self._keep_in_progress(), name="in-progress"),
+            asyncio.create_task(self.liveness.run(), name="liveness"),
+            asyncio.create_task(self._keep_clock(), name="clock"),
+        ]
+
+    async def _drain(self) -> None:
+        """Takes nothing new, finishes what runs, gives the rest back."""
+        await self.set_state("draining")
+        assert self._puller is not None
+        await self._puller.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self.executions:
+                    await asyncio.wait([e.task for e in self.executions.values() if e.task], timeout=1.0)
+        for execution in list(self.executions.values()):
+            await self._hand_back(execution)
+        await self.ledger.close()
+        await self.outbox.close()
+        with contextlib.suppress(ModelBusError):
+            await self.bus.flush()
+
+    async def _hand_back(self, execution: Execution) -> None:
+        """A request that outlived the drain: another worker gets it if its client has seen nothing yet."""
+        seen = execution.state == "running"
+        execution.counts = False
+        execution.stop("the worker was stopped")
+        if execution.task is not None:
+            await asyncio.gather(execution.task, return_exceptions=True)
+        error = WorkerLost("the worker was stopped before the answer was complete")
+        if seen:
+            self.outbox.send(
+                execution.ring, error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
+            )
+        with contextlib.suppress(ModelBusError):
+            await self.bus.publish(execution.pulled.ack_subject, b"+TERM worker stopped" if seen else b"-NAK")
+
+    # The record
+
+    async def set_state(self, state: WorkerState, words: str = "") -> None:
+        """Says how the worker is, now and in the heartbeats that follow."""
+        self._state, self._words = state, words
+        await self._beat()
+
+    def record(self) -> WorkerRecord:
+        """What the registry shows of this worker."""
+        serving = self._state in ("ok", "draining")
+        return WorkerRecord(
+            id=self.id,
+            model=self.deployment.model,
+            deployment=self.deployment.name,
+            revision=self.deployment.revision,
+            replica=self.job.replica,
+            node=self.job.node,
+            engine=self.deployment.engine,
+            state=self._state,
+            slots=self.slots,
+            busy=len(self.executions),
+            compat=self.compat,
+            capabilities=self.engine.capabilities() if serving else Capabilities(),
+            words=self._words,
+            total_requests=self._total,
+            failed_requests=self._failed,
+            last_work_ms=self._last_work_ms,
+            started_ms=self._started_ms,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            gpus=self.job.gpus,
+            steps=self.engine.steps,
+        )
+
+    async def _beat(self) -> None:
+        self._last_beat = time.monotonic()
+        # Over the connection that pulls, and without waiting: a worker that cannot pull is not alive.
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.publish(names.bucket_subject(names.BUCKET_WORKERS, self.id), encode(self.record()))
+
+    async def _heartbeats(self) -> None:
+        busy = -1
+        while True:
+            await asyncio.sleep(0.5)
+            due = time.monotonic() - self._last_beat >= HEARTBEAT_S
+            if self.bus.is_connected and (due or busy != len(self.executions)):
+                busy = len(self.executions)
+                await self._beat()
+
+    async def _on_reconnect(self) -> None:
+        # First of all: nobody else shall get what runs here.
+        await self._send_in_progress()
+        with contextlib.suppress(ModelBusError):
+            await declare_memory(self.bus)
+        await self._beat()
+        self.liveness.reconnected()
+
+    async def _read_server_clock(self) -> None:
+        sent = time.time_ns() / 1e6
+        info = await self.bus.js_request(f"STREAM.INFO.{names.STREAM_HI}")
+        server_ms = msgspec.convert(info["ts"], type=datetime).timestamp() * 1000
+        self._clock_offset_ms = server_ms - (sent + time.time_ns() / 1e6) / 2
+
+    async def _keep_clock(self) -> None:
+        while True:
+            await asyncio.sleep(60)
+            with contextlib.suppress(ModelBusError):
+                await self._read_server_clock()
+            self.outbox.sweep()
+
+    # Taking requests
+
+    def free(self) -> int:
+        """Slots that a request could start in now."""
+        return 0 if self.stopping.is_set() else self.slots - len(self.executions)
+
+    def _take(self, pulled: Pulled) -> None:
+        """Gets each pulled message, on the event loop; nothing here waits."""
+        try:
+            request = decode_request(pulled.data)
+        except msgspec.MsgspecError as error:
+            self._spawn(self._bury(pulled, None, Decision("dead", f"it cannot be decoded: {error}")))
+            return
+        if pulled.delivery > 1:
+            # Rare, and what has become of the earlier deliveries is read from a bucket first.
+            self._spawn(self._take_again(request, pulled))
+        else:
+            self._judge(request, pulled, 0)
+
+    async def _take_again(self, request: Request, pulled: Pulled) -> None:
+        self._judge(request, pulled, await self._read_starts(request))
+
+    def _judge(self, request: Request, pulled: Pulled, starts: int) -> None:
+        now_ms = time.time_ns() / 1e6 + self._clock_offset_ms
+        decision = decide(
+            request,
+            now_ms=now_ms,
+            stored_ms=pulled.stored_ms,
+            starts=starts,
+            revision=self.deployment.revision,
+            compat=self.compat,
+            free=self.free(),
+            ended=names.message_id(request.id, request.attempt) in self._ended,
+        )
+        match decision.action:
+            case "run":
+                left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
+                self._accept(request, pulled, asyncio.get_running_loop().time() + left_s)
+            case "give_back":
+                # A delay where this very worker would get it again at once.
+                body = b"-NAK" if decision.why == "no slot is free" else b'-NAK {"delay": 200000000}'
+                self._spawn(self._answer(pulled, body))
+            case "done":
+                self._spawn(self._answer(pulled, b"+ACK"))
+            case "expire":
+                error = DeadlineExceeded(f"the request expired in the queue: {decision.why}")
+                self._spawn(self._refuse(request, pulled, error))
+            case "dead":
+                self._spawn(self._bury(pulled, request, decision))
+
+    def _accept(self, request: Request, pulled: Pulled, deadline: float) -> None:
+        run = names.run_name(request.attempt, pulled.delivery, self.id)
+        ring = self.outbox.open(request.id, run)
+        execution = Execution(request, pulled, run, ring, deadline)
+        self.executions[names.run_key(request.id, run)] = execution
+        self.outbox.send(
+            ring,
+            Accepted(
+                id=request.id,
+                run=run,
+                seq=execution.next_seq(),
+                ack_subject=pulled.ack_subject,
+                position=sum(map(len, request.output_token_ids)),
+                compat=self.compat,
+                delivery=pulled.delivery,
+            ),
+        )
+        execution.task = asyncio.create_task(self._run(execution))
+
+    async def _run(self, execution: Execution) -> None:
+        usage, outcome, code = Usage(), "cancelled", "request_cancelled"
+        try:
+            if execution.pulled.delivery > 1 and not await self._may_start(execution):
+                return
+            try:
+                task = await self._task_of(execution.request)
+            except ModelBusError as error:
+                self._end_with(execution, error)
+                outcome, code = "failed", error.code
+                return
+            usage, outcome, code = await execute(execution, task, self.engine, self.outbox)
+        except asyncio.CancelledError:
+            # Cancelled while it was held: the engine never saw it.
+            if execution.cancelled and execution.counts:
+                self._end_with(execution, ModelBusError(execution.stop_reason))
+        finally:
+            self._close(execution, usage, outcome, code)
+
+    def _end_with(self, execution: Execution, error: ModelBusError) -> None:
+        frame = error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
+        self.outbox.send(execution.ring, frame)
+
+    def _close(self, execution: Execution, usage: Usage, outcome: str, code: str) -> None:
+        """Frees the slot, books the usage and lets the message go."""
+        request, pulled = execution.request, execution.pulled
+        execution.state = "ended"
+        self.executions.pop(names.run_key(request.id, execution.run), None)
+        self.outbox.end(execution.ring)
+        self._total += 1
+        self._failed += outcome == "failed"
+        self._last_work_ms = time.time_ns() // 1_000_000
+        if self._puller is not None:
+            self._puller.wake()
+        queue_ms = max(0.0, self._started_ms_of(execution) + self._clock_offset_ms - pulled.stored_ms)
+        event = usage_event(
+            execution, deployment=self.deployment.name, usage=usage, outcome=outcome, code=code, queue_ms=queue_ms
+        )
+        if execution.counts:
+            self._ended[names.message_id(request.id, request.attempt)] = None
+            if len(self._ended) > ENDED_KEPT:
+                self._ended.popitem(last=False)
+        # A run that does not count leaves the message to the one that does.
+        self.ledger.book(event, pulled.ack_subject if execution.counts else "")
+
+    def _started_ms_of(self, execution: Execution) -> float:
+        return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
+
+    async def _task_of(self, request: Request) -> Task:
+        if request.task is not None:
+            return request.task
+        if request.blob is None:
+            raise PoisonRequest("the request has no task")
+        return decode_task(await get_blob(self.bus, request.blob))
+
+    # Deliveries that are not the first
+
+    async def _read_starts(self, request: Request) -> int:
+        try:
+            entry = await self._runs.get(request.id)
+        except ModelBusError:
+            return 0
+        return int(entry.value) if entry is not None and not entry.deleted else 0
+
+    async def _may_start(self, execution: Execution) -> bool:
+        """Asks the publisher whether this run shall count, and counts the start."""
+        execution.go = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GO_WAIT_S):
+                if not await execution.go:
+                    return False
+        for _ in range(5):
+            try:
+                entry = await self._runs.get(execution.request.id)
+                starts = int(entry.value) if entry is not None and not entry.deleted else 0
+                await self._runs.update(execution.request.id, str(starts + 1).encode(), entry.seq if entry else 0)
+                return True
+            except Conflict:
+                continue
+            except ModelBusError as error:
+                log.warning("the start of %s cannot be counted: %s", execution.request.id, error.message)
+                return True
+        return True
+
+    # Ends without a run
+
+    async def _answer(self, pulled: Pulled, body: bytes) -> None:
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.publish(pulled.ack_subject, body)
+
+    async def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
+        """Ends a request that was not run: the client hears why, then the message goes."""
+        run = names.run_name(request.attempt, pulled.delivery, self.id)
+        ring = self.outbox.open(request.id, run)
+        accepted = Accepted(id=request.id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
+        self.outbox.send(ring, accepted)
+        self.outbox.send(ring, error.failed(id=request.id, run=run, seq=1))
+        self.outbox.end(ring)
+        await self._answer(pulled, f"+TERM {error.code}".encode())
+
+    async def _bury(self, pulled: Pulled, request: Request | None, decision: Decision) -> None:
+        """Stores a dead letter, and only then tells the client and removes the message."""
+        letter = DeadLetter(
+            id=request.id if request else "",
+            model=request.model if request else self.deployment.model,
+            reason="poison_request" if request else "not_decodable",
+            detail=decision.why,
+            crashes=request.crashes if request else 0,
+            original=pulled.data,
+            subject=pulled.subject,
+            at_ms=time.time_ns() // 1_000_000,
+        )
+        try:
+            await self.bus.js_publish(
+                names.dead_subject(letter.model), encode(letter), msg_id=f"dead.{pulled.stream}.{pulled.seq}"
+            )
+        except ModelBusError as error:
+            log.warning("a dead letter cannot be stored, its message stays: %s", error.message)
+            return
+        if request is not None:
+            await self._refuse(request, pulled, PoisonRequest(f"the request was given up: {decision.why}"))
+        else:
+            await self._answer(pulled, b"+TERM not decodable")
+
+    # Control
+
+    def _on_control(self, msg: Msg) -> None:
+        try:
+            message = decode_control(msg.data)
+        except msgspec.MsgspecError as error:
+            log.warning("a control message cannot be decoded: %s", error)
+            return
+        match message:
+            case Stop(id=request_id, run=run, reason=reason):
+                for execution in self._executions_of(request_id, run):
+                    execution.stop(reason)
+            case Go(id=request_id, run=run):
+                for execution in self._executions_of(request_id, run):
+                    if execution.go is not None and not execution.go.done():
+                        execution.go.set_result(True)
+            case LetGo(id=request_id, run=run):
+                for execution in self._executions_of(request_id, run):
+                    execution.let_go()
+            case Resend(id=request_id, run=run, seq=seq):
+                self.outbox.resend(request_id, run, seq)
+            case Adopt(id=request_id, publisher=publisher):
+                for ring in self.outbox.rings.values():
+                    if ring.request_id == request_id:
+                        ring.publisher = publisher
+            case Probe(publisher=publisher):
+                if msg.reply:
+                    self._spawn(self._send(msg.reply, encode(self.liveness.alive_for(publisher))))
+
+    def _executions_of(self, request_id: str, run: str) -> list[Execution]:
+        if run:
+            found = self.executions.get(names.run_key(request_id, run))
+            return [found] if found else []
+        return [execution for execution in self.executions.values() if execution.request.id == request_id]
+
+    # Timers
+
+    async def _keep_in_progress(self) -> None:
+        while True:
+            await asyncio.sleep(IN_PROGRESS_S)
+            await self._send_in_progress()
+
+    async def _send_in_progress(self) -> None:
+        if not self.bus.is_connected:
+            return
+        held = [e.pulled.ack_subject for e in self.executions.values() if e.counts]
+        for ack_subject in [*held, *self.ledger.waiting]:
+            with contextlib.suppress(BusUnavailable):
+                await self.bus.publish(ack_subject, b"+WPI")
+
+    async def _send(self, subject: str, payload: bytes) -> None:
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.publish(subject, payload)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def serve(job: WorkerJob) -> int:
+    """Runs a worker until a signal stops it, its parent dies or the bus closes. Returns the exit code."""
+    config = EngineConfig(
+        model=job.deployment.model,
+        params=job.params,
+        secret_params=frozenset(job.secret_params),
+        model_path=job.deployment.model_path,
+        pretrained_model_type=job.deployment.pretrained_model_type,
+        slots=job.deployment.slots,
+        gpus=tuple(job.gpus),
+        cpus=job.deployment.cpus,
+    )
+    bus = await Bus.connect(job.bus, name=f"worker {job.deployment.name}.{job.replica}")
+    async with bus:
+        try:
+            engine = engine_class(job.deployment.engine)(config)
+        except ModelBusError as error:
+            sys.stderr.write(error.message + "\n")
+            return EXIT_START_FAILED
+        worker = Worker(job, bus, engine)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stopping.set)
+        watchers = [
+            asyncio.create_task(_exit_with_bus(bus), name="watch-bus"),
+            asyncio.create_task(_stop_with_parent(worker.stopping.set), name="watch-parent"),
+        ]
+        try:
+            return await worker.run()
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+
+
+async def _exit_with_bus(bus: Bus) -> None:
+    """A connection that nats-py has closed for good never comes back: the node starts a new worker."""
+    await bus.closed.wait()
+    log.error("the bus connection is closed for good")
+    os._exit(1)
+
+
+async def _stop_with_parent(stop: Callable[[], object]) -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:  # noqa: ASYNC110  # the kernel tells nobody
+        await asyncio.sleep(1.0)
+    log.error("the node is gone")
+    stop()
+
+
+def main() -> int:
+    """Reads the job from standard input and runs it."""
+    try:
+        job = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)
+    except msgspec.MsgspecError as error:
+        sys.stderr.write(
+            f"no worker job on standard input ({error}): nodes start workers, people use `modelbus deploy`\n"
+        )
+        return 2
+    logging.basicConfig(level=job.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serve(job))
+    return uvloop.run(serve(job))  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
