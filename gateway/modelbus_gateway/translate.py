@@ -540,7 +540,9 @@ def _texts(given: str | list[str | int | list[int]], param: str, needs: list[Nee
     tokens = False
     for index, item in enumerate(given):
         if isinstance(item, int):
-            raise InvalidRequest(f"Invalid type for '{param}[{index}]': texts and tokens are mixed.", param=param)
+            raise InvalidRequest(
+                f"Invalid type for '{param}[{index}]': texts and tokens are mixed.", param=f"{param}[{index}]"
+            )
         if not item and (param == "input" or not isinstance(item, str)):
             raise InvalidRequest(f"Invalid '{param}[{index}]': it is empty.", param=f"{param}[{index}]")
         if not isinstance(item, str):

@@ -237,7 +237,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"stop": [str(number) for number in range(17)]}, "stop"),
     ({"stop": [""]}, "stop"),
-    ({"stop": [5]}, "stop"),
+    ({"stop": [5]}, "stop[0]"),
     ({"seed": "x"}, "seed"),
     ({"seed": 2**63}, "seed"),
     ({"stream": "yes"}, "stream"),
