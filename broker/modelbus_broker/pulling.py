@@ -250,6 +250,8 @@ class Puller:
             if came and consumer.lane != "re":
                 shares = [c.name for c in self._consumers if c.lane == consumer.lane]
                 self._share_start[consumer.lane] = shares.index(consumer.name) + 1
+            if came >= free:
+                break  # there may be more: begin again at the first lane
         return got > 0
 
     async def _ask(self, consumer: ConsumerRef, batch: int) -> int:
