@@ -1,0 +1,416 @@
+"""The OpenAI protocol as pure functions: request bodies out, chunks of answers in.
+
+Decoding is lenient where providers are careless (missing indices, ``null`` lists, usage in odd places) and strict
+where it matters: what is no completion is an error, and every choice needs a finish reason.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from base64 import b64decode
+from typing import Any
+
+import msgspec
+from modelbus_broker.errors import UpstreamFailed
+from modelbus_broker.messages import (
+    Chat,
+    Completion,
+    Embedding,
+    FinishReason,
+    Sampling,
+    TokenLogprob,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
+
+from .base import Output
+from .presets import Preset
+from .token_estimate import estimate_prompt, estimate_text
+
+#: What providers say at the end of a choice, and what it means; other words mean that something went wrong.
+_FINISH: dict[str, FinishReason] = {
+    "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
+    "complete": "stop", "completed": "stop", "normal": "stop",
+    "length": "length", "max_tokens": "length", "max_output_tokens": "length", "model_length": "length",
+    "tool_calls": "tool_calls", "tool_call": "tool_calls", "tool_use": "tool_calls",
+    "function_call": "function_call",
+    "content_filter": "content_filter", "sensitive": "content_filter", "safety": "content_filter",
+}  # fmt: skip
+
+#: What a log probability of zero chance is in the API.
+_NEVER = -9999.0
+
+
+def chat_body(task: Chat, model: str, preset: Preset) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model, "messages": task.messages, "stream": True}
+    if preset.usage_option:
+        body["stream_options"] = {"include_usage": True}
+    body |= _sampling(task.sampling, preset.max_tokens_field)
+    if task.sampling.logprobs is not None:
+        body["logprobs"] = True
+        if task.sampling.logprobs:
+            body["top_logprobs"] = task.sampling.logprobs
+    for name in (
+        "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort", "chat_template_kwargs",
+    ):  # fmt: skip
+        if (value := getattr(task, name)) is not None:
+            body[name] = value
+    return body | task.extra
+
+
+def completion_body(task: Completion, model: str, preset: Preset) -> dict[str, Any]:
+    # One prompt goes as it is: not every server takes lists.
+    prompt = task.prompt[0] if len(task.prompt) == 1 else task.prompt
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "stream": True}
+    if preset.usage_option:
+        body["stream_options"] = {"include_usage": True}
+    body |= _sampling(task.sampling, "max_tokens")
+    if task.sampling.logprobs is not None:
+        body["logprobs"] = task.sampling.logprobs
+    if task.echo:
+        body["echo"] = True
+    if task.suffix is not None:
+        body["suffix"] = task.suffix
+    return body | task.extra
+
+
+def embedding_body(task: Embedding, model: str, preset: Preset) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model, "input": task.input}
+    if preset.base64_vectors:
+        body["encoding_format"] = "base64"
+    if task.dimensions is not None:
+        body["dimensions"] = task.dimensions
+    return body
+
+
+def _sampling(sampling: Sampling, max_tokens_field: str) -> dict[str, Any]:
+    values = {
+        "n": sampling.n if sampling.n != 1 else None,
+        max_tokens_field: sampling.max_tokens,
+        "stop": sampling.stop or None,
+        "stop_token_ids": sampling.stop_token_ids or None,
+        "ignore_eos": sampling.ignore_eos or None,
+    }
+    for name in (
+        "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias",
+    ):  # fmt: skip
+        values[name] = getattr(sampling, name)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _ToolCall(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: Any = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Logprob(msgspec.Struct):
+    token: str
+    logprob: float | None = None
+    bytes: list[int] | None = None
+    top_logprobs: list[_Logprob] | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Logprob] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    prompt_cache_hit_tokens: int | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int | None = None
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+    token_ids: list[int] | None = None
+    usage: _Usage | None = None
+
+
+class _BaseResponse(msgspec.Struct):
+    status_code: int = 0
+    status_msg: str = ""
+
+
+class Chunk(msgspec.Struct):
+    """A chunk of a stream, or a whole answer."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    model: str | None = None
+    system_fingerprint: str | None = None
+    error: Any = None
+    base_resp: _BaseResponse | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(Chunk, strict=False).decode
+
+
+def decode_chunk(document: bytes) -> Chunk | None:
+    """The chunk, or None if the document is something else: an error of the provider, in whatever shape.
+
+    Raises:
+        UpstreamFailed: it is no JSON, or a field has a type that makes no sense.
+    """
+    try:
+        chunk = _decode_chunk(document)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        shown = document[:200].decode("utf-8", "replace")
+        raise UpstreamFailed(f"the provider sent a malformed chunk ({error}): {shown}", upstream=shown) from None
+    refused = chunk.base_resp is not None and chunk.base_resp.status_code != 0
+    if chunk.error or refused or (chunk.choices is None and chunk.usage is None):
+        return None
+    return chunk
+
+
+class AnswerReader:
+    """Turns the chunks of one answer into outputs and knows when it is complete."""
+
+    def __init__(self, task: Chat | Completion) -> None:
+        self._task = task
+        self._choices = task.sampling.n * (len(task.prompt) if isinstance(task, Completion) else 1)
+        self._finished: dict[int, FinishReason] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._tool_ids: dict[int, list[str]] = {}
+        self._usage: Usage | None = None
+        self.upstream_model = ""
+        self.system_fingerprint = ""
+
+    @property
+    def complete(self) -> bool:
+        """Every choice that was asked for has its finish reason."""
+        return len(self._finished) >= self._choices
+
+    @property
+    def has_usage(self) -> bool:
+        return self._usage is not None
+
+    def take(self, chunk: Chunk) -> list[Output]:
+        """Raises UpstreamFailed when the provider says that it gave up in the middle."""
+        self.upstream_model = chunk.model or self.upstream_model
+        self.system_fingerprint = chunk.system_fingerprint or self.system_fingerprint
+        outputs = []
+        for choice in chunk.choices or ():
+            if choice.usage is not None:
+                self._take_usage(choice.usage)
+            output = self._take_choice(choice)
+            if output is not None:
+                outputs.append(output)
+        if chunk.usage is not None:
+            self._take_usage(chunk.usage)
+        return outputs
+
+    def usage(self) -> Usage:
+        """The provider's numbers, or our own count if it gave none."""
+        if self._usage is not None:
+            return self._usage
+        completion = sum(estimate_text("".join(texts)) for texts in self._texts.values())
+        return Usage(prompt_tokens=estimate_prompt(self._task), completion_tokens=completion, estimated=True)
+
+    def missing(self) -> str:
+        """What an incomplete answer lacks, in words."""
+        if self._choices == 1:
+            return "the stream ended without a finish_reason"
+        return f"the stream ended with a finish_reason for {len(self._finished)} of {self._choices} choices"
+
+    def _take_choice(self, choice: _Choice) -> Output | None:
+        index = choice.index or 0
+        if index in self._finished:
+            return None  # some repeat the end, or say it again with the usage
+        delta = choice.delta or choice.message or _Delta()
+        text = choice.text or _text(delta.content)
+        reasoning = delta.reasoning_content or (delta.reasoning if isinstance(delta.reasoning, str) else "") or ""
+        tool_calls = [self._tool_call(index, call) for call in delta.tool_calls or ()]
+        logprobs = _token_logprobs(choice.logprobs)
+        reason = self._finish(choice.finish_reason)
+        if not (text or reasoning or tool_calls or logprobs or reason or delta.refusal or choice.token_ids):
+            return None
+        said = [text, reasoning, delta.refusal or "", *(call.name + call.arguments for call in tool_calls)]
+        self._texts.setdefault(index, []).extend(said)
+        if reason:
+            self._finished[index] = reason
+        # Nobody knows the tokens of a chunk whose ids and log probabilities are not told; one is the usual number.
+        tokens = len(logprobs) or int(any(said))
+        return Output(
+            choice=index, text=text, token_ids=choice.token_ids or [], tokens=-1 if choice.token_ids else tokens,
+            finish_reason=reason, reasoning=reasoning, tool_calls=tool_calls, logprobs=logprobs,
+            refusal=delta.refusal or "",
+        )  # fmt: skip
+
+    def _tool_call(self, choice: int, call: _ToolCall) -> ToolCallDelta:
+        function = call.function or _Function()
+        ids = self._tool_ids.setdefault(choice, [])
+        index = call.index
+        if index is None:
+            # Providers without an index send every call whole, each with its own id.
+            if call.id or not ids:
+                ids.append(call.id or "")
+            index = len(ids) - 1
+        arguments = function.arguments
+        if arguments is None:
+            arguments = ""
+        elif not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return ToolCallDelta(index=index, id=call.id or "", name=function.name or "", arguments=arguments)
+
+    @staticmethod
+    def _finish(reason: str | None) -> FinishReason:
+        if not reason or reason == "null":
+            return ""
+        known = _FINISH.get(reason.lower().partition(":")[0])
+        if known is None:
+            raise UpstreamFailed(f"the provider ended the answer with {reason!r}", upstream=reason)
+        return known
+
+    def _take_usage(self, usage: _Usage) -> None:
+        prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
+        if not prompt and not completion:
+            return  # zeros stand for "not counted"
+        prompt_details, details = (
+            usage.prompt_tokens_details or _Details(),
+            usage.completion_tokens_details or _Details(),
+        )
+        self._usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            cached_tokens=prompt_details.cached_tokens or usage.prompt_cache_hit_tokens or 0,
+            reasoning_tokens=details.reasoning_tokens or 0,
+        )
+
+
+class _Vector(msgspec.Struct):
+    embedding: list[float] | str
+    index: int | None = None
+
+
+class _Vectors(msgspec.Struct):
+    data: list[_Vector]
+    usage: _Usage | None = None
+    model: str | None = None
+
+
+_decode_vectors = msgspec.json.Decoder(_Vectors, strict=False).decode
+
+
+class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    vectors: list[bytes]  #: float32, little endian, in the order of the inputs
+    prompt_tokens: int  #: 0: not told
+    model: str
+
+
+def decode_embeddings(document: bytes, count: int) -> EmbeddingAnswer:
+    """The vectors of ``count`` inputs.
+
+    Raises:
+        UpstreamFailed: it is something else, or not one vector of one size for each input.
+    """
+    try:
+        answer = _decode_vectors(document)
+        found = sorted(enumerate(answer.data), key=lambda item: item[0] if item[1].index is None else item[1].index)
+        vectors = [_float32(vector.embedding) for _, vector in found]
+    except (msgspec.DecodeError, ValueError, OverflowError, struct.error) as error:
+        shown = document[:200].decode("utf-8", "replace")
+        raise UpstreamFailed(f"the provider sent no embeddings ({error}): {shown}", upstream=shown) from None
+    if len(vectors) != count or len({len(vector) for vector in vectors}) > 1 or not all(vectors):
+        raise UpstreamFailed(f"the provider sent {len(vectors)} vectors for {count} inputs, or of unequal size")
+    usage = answer.usage or _Usage()
+    tokens = usage.prompt_tokens or usage.total_tokens or 0
+    return EmbeddingAnswer(vectors=vectors, prompt_tokens=tokens, model=answer.model or "")
+
+
+def _float32(embedding: list[float] | str) -> bytes:
+    if isinstance(embedding, str):
+        data = b64decode(embedding, validate=True)
+        if len(data) % 4:
+            raise ValueError("a base64 vector is not made of float32")
+        return data
+    return struct.pack(f"<{len(embedding)}f", *embedding)
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+    context_length: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model] | None = None
+
+
+_decode_models = msgspec.json.Decoder(_Models, strict=False).decode
+
+
+def decode_models(document: bytes) -> dict[str, int]:
+    """Context lengths (0: not told) by model name; empty if the document is no such list."""
+    try:
+        models = _decode_models(document).data or []
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return {model.id.removeprefix("models/"): model.max_model_len or model.context_length or 0 for model in models}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _token_logprobs(logprobs: _Logprobs | None) -> list[TokenLogprob]:
+    if logprobs is None:
+        return []
+    if logprobs.content is not None:
+        return [
+            TokenLogprob(
+                token=item.token,
+                logprob=_NEVER if item.logprob is None else item.logprob,
+                bytes=item.bytes,
+                top=[
+                    TopLogprob(token=top.token, logprob=_NEVER if top.logprob is None else top.logprob, bytes=top.bytes)
+                    for top in item.top_logprobs or ()
+                ],
+            )
+            for item in logprobs.content
+        ]
+    values = logprobs.token_logprobs or []
+    tops = logprobs.top_logprobs or []
+    return [
+        TokenLogprob(
+            token=token,
+            # The first token of an echoed prompt has none.
+            logprob=(values[i] if i < len(values) else None) or 0.0,
+            top=[TopLogprob(token=t, logprob=p) for t, p in ((tops[i] if i < len(tops) else None) or {}).items()],
+        )
+        for i, token in enumerate(logprobs.tokens or ())
+    ]
