@@ -137,6 +137,8 @@ class Outbox:
     async def _send_all(self) -> None:
         while True:
             await self._wake.wait()
+            # Runs that started in this turn of the loop come first: their frames leave in the same message.
+            await asyncio.sleep(0)
             await self.flush()
 
     async def flush(self) -> None:
