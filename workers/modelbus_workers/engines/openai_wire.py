@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from base64 import b64decode
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -178,8 +179,11 @@ class Chunk(msgspec.Struct):
 _decode_chunk = msgspec.json.Decoder(Chunk, strict=False).decode
 
 
-def decode_chunk(document: bytes) -> Chunk | None:
+def decode_chunk(document: bytes, hide: Callable[[str], str]) -> Chunk | None:
     """The chunk, or None if the document is something else: an error of the provider, in whatever shape.
+
+    Args:
+        hide: removes secrets from what is shown in an error.
 
     Raises:
         UpstreamFailed: it is no JSON, or a field has a type that makes no sense.
@@ -187,8 +191,10 @@ def decode_chunk(document: bytes) -> Chunk | None:
     try:
         chunk = _decode_chunk(document)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        shown = document[:200].decode("utf-8", "replace")
-        raise UpstreamFailed(f"the provider sent a malformed chunk ({error}): {shown}", upstream=shown) from None
+        shown = hide(document[:300].decode("utf-8", "replace"))[:200]
+        raise UpstreamFailed(
+            f"the provider sent a malformed chunk ({hide(str(error))}): {shown}", upstream=shown
+        ) from None
     refused = chunk.base_resp is not None and chunk.base_resp.status_code != 0
     if chunk.error or refused or (chunk.choices is None and chunk.usage is None):
         return None
@@ -205,6 +211,7 @@ class AnswerReader:
         self._texts: dict[int, list[str]] = {}
         self._tool_ids: dict[int, list[str]] = {}
         self._usage: Usage | None = None
+        self._usage_is_last = False
         self.upstream_model = ""
         self.system_fingerprint = ""
 
@@ -214,8 +221,9 @@ class AnswerReader:
         return len(self._finished) >= self._choices
 
     @property
-    def has_usage(self) -> bool:
-        return self._usage is not None
+    def has_last_usage(self) -> bool:
+        """The usage of the whole answer is known; earlier numbers are those of a part."""
+        return self._usage_is_last
 
     def take(self, chunk: Chunk) -> list[Output]:
         """Raises UpstreamFailed when the provider says that it gave up in the middle."""
@@ -223,11 +231,11 @@ class AnswerReader:
         self.system_fingerprint = chunk.system_fingerprint or self.system_fingerprint
         outputs = []
         for choice in chunk.choices or ():
-            if choice.usage is not None:
-                self._take_usage(choice.usage)
             output = self._take_choice(choice)
             if output is not None:
                 outputs.append(output)
+            if choice.usage is not None:
+                self._take_usage(choice.usage)
         if chunk.usage is not None:
             self._take_usage(chunk.usage)
         return outputs
@@ -302,6 +310,7 @@ class AnswerReader:
             usage.prompt_tokens_details or _Details(),
             usage.completion_tokens_details or _Details(),
         )
+        self._usage_is_last = self.complete
         self._usage = Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
@@ -330,7 +339,7 @@ class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
 
 
-def decode_embeddings(document: bytes, count: int) -> EmbeddingAnswer:
+def decode_embeddings(document: bytes, count: int, hide: Callable[[str], str]) -> EmbeddingAnswer:
     """The vectors of ``count`` inputs.
 
     Raises:
@@ -341,8 +350,8 @@ def decode_embeddings(document: bytes, count: int) -> EmbeddingAnswer:
         found = sorted(enumerate(answer.data), key=lambda item: item[0] if item[1].index is None else item[1].index)
         vectors = [_float32(vector.embedding) for _, vector in found]
     except (msgspec.DecodeError, ValueError, OverflowError, struct.error) as error:
-        shown = document[:200].decode("utf-8", "replace")
-        raise UpstreamFailed(f"the provider sent no embeddings ({error}): {shown}", upstream=shown) from None
+        shown = hide(document[:300].decode("utf-8", "replace"))[:200]
+        raise UpstreamFailed(f"the provider sent no embeddings ({hide(str(error))}): {shown}", upstream=shown) from None
     if len(vectors) != count or len({len(vector) for vector in vectors}) > 1 or not all(vectors):
         raise UpstreamFailed(f"the provider sent {len(vectors)} vectors for {count} inputs, or of unequal size")
     usage = answer.usage or _Usage()
