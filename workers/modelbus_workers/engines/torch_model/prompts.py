@@ -1,0 +1,159 @@
+"""A task becomes token ids: the chat template, plain texts, given tokens, and whether they fit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from modelbus_broker.errors import ContextLengthExceeded, InvalidRequest, UnsupportedField
+from modelbus_broker.messages import Chat, ChatMessage, Completion, TextPart
+
+from .loading import TextModel
+
+
+def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
+    """The token ids of a conversation. A last message of the assistant is gone on with, not answered.
+
+    Raises:
+        UnsupportedField: the model has no chat template, or the request wants what this engine cannot do.
+        InvalidRequest: the template refuses the conversation; its words are in the message.
+    """
+    template = loaded.tokenizer.chat_template
+    if not template:
+        raise UnsupportedField("this model has no chat template; use /v1/completions instead", param="messages")
+    template = template if isinstance(template, str) else " ".join(template.values())
+    options = dict(task.chat_template_kwargs or {})
+    options |= _tool_options(task, template) | _effort(task, template)
+    _refuse_response_format(task)
+    if not task.messages:
+        raise InvalidRequest("messages is empty", param="messages")
+    last = task.messages[-1]
+    goes_on = last.role == "assistant" and not last.tool_calls and bool(last.text())
+    try:
+        encoded = loaded.tokenizer.apply_chat_template(
+            [_for_template(message, index, template) for index, message in enumerate(task.messages)],
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            tokenize=True,
+            return_dict=True,
+            **options,
+        )
+    except Exception as error:  # templates raise what they like
+        raise InvalidRequest(f"the model's chat template refuses the messages: {error}", param="messages") from error
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def completion_prompts(loaded: TextModel, task: Completion) -> list[list[int]]:
+    """The token ids of every prompt.
+
+    Raises:
+        UnsupportedField: ``suffix`` is set.
+        InvalidRequest: a prompt is empty, or a token id is not in the vocabulary.
+    """
+    if task.suffix:
+        raise UnsupportedField("this model cannot fill in before a suffix", param="suffix")
+    if not task.prompt:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    return [_completion_prompt(loaded, prompt) for prompt in task.prompt]
+
+
+def prompt_texts(loaded: TextModel, task: Completion) -> list[str]:
+    """The prompts as texts, for ``echo``."""
+    return [prompt if isinstance(prompt, str) else loaded.tokenizer.decode(prompt) for prompt in task.prompt]
+
+
+def check_fits(prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
+    """How many tokens the answer may have.
+
+    Raises:
+        ContextLengthExceeded: prompt and output do not fit; the message has the numbers.
+    """
+    asked = max_tokens or 0
+    if prompt_tokens + asked > limit or (max_tokens is None and prompt_tokens >= limit):
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens. However, you requested {prompt_tokens + asked} "
+            f"tokens ({prompt_tokens} in the prompt, {asked} in the completion). "
+            "Please reduce the length of the prompt or completion.",
+            param="max_tokens" if prompt_tokens < limit else "messages",
+        )
+    return limit - prompt_tokens if max_tokens is None else max_tokens
+
+
+def _completion_prompt(loaded: TextModel, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        ids = [int(token) for token in loaded.tokenizer(prompt)["input_ids"]]
+        bos = loaded.tokenizer.bos_token_id
+        if not ids and bos is not None:
+            return [int(bos)]
+    else:
+        ids = prompt
+        for token in ids:
+            if not 0 <= token < loaded.vocabulary:
+                raise InvalidRequest(f"token id {token} is not in 0 to {loaded.vocabulary - 1}", param="prompt")
+    if not ids:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    return ids
+
+
+def _for_template(message: ChatMessage, index: int, template: str) -> dict[str, Any]:
+    """The message in the words of Hugging Face's templates."""
+    if isinstance(message.content, list):
+        for part in message.content:
+            if not isinstance(part, TextPart):
+                kind = part.__struct_config__.tag
+                raise UnsupportedField(f"this model reads text only, not {kind}", param=f"messages[{index}].content")
+    role = {"function": "tool"}.get(message.role, message.role)
+    if role == "developer" and "developer" not in template:
+        role = "system"
+    turn: dict[str, Any] = {"role": role, "content": message.text()}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        turn["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _arguments(text: str) -> object:
+    # Templates write them with the tojson filter, so they want an object and not its text.
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _tool_options(task: Chat, template: str) -> dict[str, Any]:
+    choice = task.tool_choice
+    if choice not in (None, "auto", "none"):
+        raise UnsupportedField(
+            "this engine cannot force a tool call; tool_choice may be auto or none", param="tool_choice"
+        )
+    if not task.tools or choice == "none":
+        return {}
+    if "tools" not in template:
+        raise UnsupportedField("this model's chat template knows no tools", param="tools")
+    return {"tools": task.tools}
+
+
+def _effort(task: Chat, template: str) -> dict[str, Any]:
+    if task.reasoning_effort is None:
+        return {}
+    if "reasoning_effort" not in template:
+        raise UnsupportedField("this model has no reasoning effort to set", param="reasoning_effort")
+    return {"reasoning_effort": task.reasoning_effort}
+
+
+def _refuse_response_format(task: Chat) -> None:
+    kind = (task.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise UnsupportedField(f"this engine cannot hold a model to {kind}", param="response_format")

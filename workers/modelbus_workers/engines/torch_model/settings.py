@@ -1,0 +1,44 @@
+"""The parameters of a ``transformers`` deployment."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+DType = Literal["auto", "float32", "fp32", "float", "bfloat16", "bf16", "float16", "fp16", "half"]
+
+_TORCH_NAMES = {
+    "float32": "float32", "fp32": "float32", "float": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+
+
+class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """``backend.*`` of a deployment on the ``transformers`` engine."""
+
+    #: auto: float32 on a CPU, what the weights are saved in on a GPU
+    dtype: DType = "auto"
+    #: cpu, cuda, cuda:1 ...; auto: the GPU if there is one
+    device: str = "auto"
+    #: tokens of prompt and output together; 0: what the model was made for
+    max_model_len: int = 0
+    #: eager, sdpa, flash_attention_2 ...; "": the library's choice
+    attn_implementation: str = ""
+    #: runs Python code that lies in the model's folder
+    trust_remote_code: bool = False
+    #: requests at once; 0: 1 for chat, 8 for embeddings
+    slots: int = 0
+    #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
+    num_threads: int = 0
+    #: texts embedded at once
+    batch_size: int = 32
+
+    def torch_dtype(self, device: str) -> Any:
+        """What ``from_pretrained`` takes as ``dtype`` on this device."""
+        import torch
+
+        if self.dtype == "auto":
+            return torch.float32 if device == "cpu" else "auto"
+        return getattr(torch, _TORCH_NAMES[self.dtype])

@@ -1,0 +1,196 @@
+"""The engine ``transformers``: any model that Hugging Face's library runs, on a CPU or a GPU, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
+
+from modelbus_broker.errors import ConfigurationError
+from modelbus_broker.messages import Capabilities, Chat, Completion, Embedding, Sampling, Usage
+
+from .base import Engine, EngineConfig, EngineOutput, Finished, Prompt, Run, VectorBatch
+from .params import read_params
+from .torch_model.settings import TransformersSettings
+
+if TYPE_CHECKING:
+    from .torch_model.embedding import Embedder
+    from .torch_model.generation import Stepper
+    from .torch_model.loading import TextModel
+    from .torch_model.loop import GenerationLoop
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_EMBEDDING_SLOTS = 8
+
+
+class TransformersEngine(Engine):
+    """Chat and completion from a safetensors folder or a GGUF file; embeddings from a sentence-transformers folder."""
+
+    name: ClassVar[str] = "transformers"
+    needs: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    extra: ClassVar[str] = "transformers"
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._settings = read_params(TransformersSettings, config.params, engine=self.name)
+        if self._settings.slots < 0 or self._settings.batch_size < 1:
+            raise ConfigurationError("slots must not be negative and batch_size must be at least 1")
+        #: Tokenizing and embedding happen here, in one thread: a tokenizer is not for two at once.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="texts")
+        self._text: TextModel | None = None
+        self._stepper: Stepper | None = None
+        self._loop: GenerationLoop | None = None
+        self._embedder: Embedder | None = None
+
+    async def start(self) -> None:
+        """Loads the model in a thread.
+
+        Raises:
+            ConfigurationError: a parameter or the model path is wrong.
+            MissingExtra: a library that these weights need is not installed.
+            DeploymentFailed: the library cannot load the model; the message has its words.
+        """
+        loading = asyncio.get_running_loop().run_in_executor(self._executor, self._load)
+        while not (await asyncio.wait({loading}, timeout=10))[0]:
+            log.info("still loading %s", self.config.model_path)
+        await loading
+        if self._stepper is not None:
+            from .torch_model.loop import GenerationLoop
+
+            self._loop = GenerationLoop(self._stepper)
+
+    def _load(self) -> None:
+        from .torch_model.loading import choose_device, find_source, load_text_model, set_threads
+
+        source = find_source(self.config)
+        device = choose_device(self._settings, self.config.gpus)
+        set_threads(self._settings, self.config.cpus)
+        if source.kind == "embedding":
+            from .torch_model.embedding import Embedder
+
+            self._embedder = Embedder(source, self._settings, device)
+            return
+        from .torch_model.generation import Stepper
+
+        self._text = load_text_model(source, self._settings, device, len(self.config.gpus))
+        self._stepper = Stepper(self._text, copy.deepcopy(self._text.tokenizer), self._count_step)
+
+    def _count_step(self) -> None:
+        self.steps += 1
+
+    def capabilities(self) -> Capabilities:
+        if self._embedder is not None:
+            return Capabilities(
+                tasks=["embedding"], streaming=False, token_prompts=True,
+                context_length=self._embedder.context_length, dimensions=self._embedder.dimensions,
+            )  # fmt: skip
+        assert self._text is not None, "start comes first"
+        template = self._text.tokenizer.chat_template or ""
+        return Capabilities(
+            tasks=["chat", "completion"] if template else ["completion"],
+            can_continue=True,
+            tools="tools" in str(template),
+            logprobs=True,
+            n=True,
+            seed=True,
+            penalties=True,
+            logit_bias=True,
+            token_prompts=True,
+            context_length=self._text.context_length,
+        )
+
+    @property
+    def slots(self) -> int:
+        own = _EMBEDDING_SLOTS if self._embedder is not None else 1
+        return self.config.slots or self._settings.slots or own
+
+    @property
+    def running(self) -> int:
+        """Requests whose key-value caches are held right now."""
+        return 0 if self._loop is None else self._loop.running
+
+    def compat(self) -> str:
+        loaded = self._text or self._embedder
+        return loaded.compat if loaded is not None else ""
+
+    def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
+        return super().chat(task, run) if self._text is None else self._chat(self._text, task, run)
+
+    def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
+        return super().completion(task, run) if self._text is None else self._completion(self._text, task, run)
+
+    def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
+        return super().embedding(task, run) if self._embedder is None else self._embed(self._embedder, task)
+
+    async def _chat(self, text: TextModel, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
+        from .torch_model.prompts import chat_prompt
+
+        prompt = await self._in_thread(chat_prompt, text, task)
+        async with aclosing(self._generate(text, [prompt], task.sampling, run)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _completion(self, text: TextModel, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
+        from .torch_model.prompts import completion_prompts, prompt_texts
+
+        prompts = await self._in_thread(completion_prompts, text, task)
+        echo = await self._in_thread(prompt_texts, text, task) if task.echo else []
+        async with aclosing(self._generate(text, prompts, task.sampling, run, echo)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _generate(
+        self, text: TextModel, prompts: list[list[int]], sampling: Sampling, run: Run, echo: Sequence[str] = ()
+    ) -> AsyncGenerator[EngineOutput]:
+        from .torch_model.generation import Work
+        from .torch_model.plan import make_plan
+        from .torch_model.prompts import check_fits
+
+        work = Work(
+            prompts=prompts,
+            max_tokens=[check_fits(len(prompt), sampling.max_tokens, text.context_length) for prompt in prompts],
+            plan=make_plan(sampling, text),
+            n=sampling.n,
+            echo=list(echo),
+            output_token_ids=run.output_token_ids,
+            emitted_chars=run.emitted_chars,
+        )
+        prompt_tokens = run.prompt_tokens or sum(map(len, prompts))
+        completion_tokens = sum(map(len, run.output_token_ids))
+        yield Prompt(prompt_tokens)
+        assert self._loop is not None, "start comes first"
+        async with aclosing(self._loop.outputs(work)) as steps:
+            async for outputs in steps:
+                for output in outputs:
+                    completion_tokens += len(output.token_ids)
+                    yield output
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        yield Finished(usage=usage, system_fingerprint=f"fp_{text.compat}")
+
+    async def _embed(self, embedder: Embedder, task: Embedding) -> AsyncIterator[EngineOutput]:
+        texts = await self._in_thread(embedder.prepare, task.input, task.dimensions)
+        yield Prompt(texts.tokens)
+        # Each batch is its own turn of the thread, so requests side by side share it.
+        for start, batch in embedder.batches(texts.texts):
+            vectors = await self._in_thread(embedder.embed, batch, task.dimensions)
+            self.steps += 1
+            yield VectorBatch(start=start, dimensions=task.dimensions or embedder.dimensions, data=vectors)
+        yield Finished(usage=Usage(prompt_tokens=texts.tokens), system_fingerprint=f"fp_{embedder.compat}")
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            await self._loop.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
