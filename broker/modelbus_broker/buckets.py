@@ -159,6 +159,7 @@ class BucketReader(Generic[T]):
         self._ttl_s = ttl_s
         self._trust = trust
         self._values: dict[str, T] = {}
+        self._view = MappingProxyType(self._values)
         self._seen: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._dirty: set[str] = set()
@@ -168,7 +169,7 @@ class BucketReader(Generic[T]):
     @property
     def values(self) -> Mapping[str, T]:
         """Key to record; a live view."""
-        return MappingProxyType(self._values)
+        return self._view
 
     async def start(self) -> None:
         """Subscribes and reads the bucket once.

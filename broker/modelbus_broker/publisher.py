@@ -190,7 +190,7 @@ class Publisher:
                 f"{waiting} requests wait for or run on {model!r}, its limit is {limit}: try again later",
                 retry_after_s=1.0,
             )
-        if options.wait or options.background or self.registry.workers_of(model):
+        if options.wait or options.background or self.registry.is_served(model):
             return
         states = sorted({worker.state for worker in self.registry.workers_of(model, "")})
         raise ModelUnavailable(

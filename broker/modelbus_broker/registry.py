@@ -94,6 +94,10 @@ class Registry:
     def deployments_of(self, model: str) -> list[Deployment]:
         return [deployment for deployment in self.deployments.values() if deployment.model == model]
 
+    def is_served(self, model: str) -> bool:
+        """A worker of the model is alive and ready."""
+        return any(worker.model == model and worker.state == "ok" for worker in self.workers.values())
+
     def workers_of(self, model: str, state: str = "ok") -> list[WorkerRecord]:
         """Live workers of a model in a state ("" = any), by replica."""
         found = [w for w in self.workers.values() if w.model == model and (not state or w.state == state)]

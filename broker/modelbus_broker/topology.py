@@ -188,11 +188,12 @@ async def remove_model(bus: Bus, model: str) -> None:
     """Removes the consumers of a model and all of its messages."""
     for stream, info in await _model_consumers(bus, model):
         await bus.js_request(f"CONSUMER.DELETE.{stream}.{info['name']}")
-    for stream, subject in _model_subjects(model):
+    for stream, subject in model_subjects(model):
         await bus.js_request(f"STREAM.PURGE.{stream}", {"filter": subject})
 
 
-def _model_subjects(model: str) -> Iterator[tuple[str, str]]:
+def model_subjects(model: str) -> Iterator[tuple[str, str]]:
+    """(stream, subject filter) of everything that may wait for a model."""
     token = names.model_token(model)
     yield names.STREAM_RE, f"mb.re.{token}.>"
     yield names.STREAM_HI, f"mb.req.{token}.hi.>"

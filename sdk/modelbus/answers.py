@@ -19,7 +19,7 @@ from modelbus_broker.messages import (
 )
 
 if TYPE_CHECKING:
-    from modelbus_broker.publisher import Call
+    from modelbus_broker.calls import Call
 
 
 class ChoiceAnswer(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,7 @@ class Execution:
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "go", "pulled", "request", "ring", "run", "seq", "started_at",
+        "began", "cancelled", "counts", "deadline", "expired", "go", "pulled", "request", "ring", "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
 
@@ -59,6 +59,7 @@ class Execution:
         self.seq = 0
         self.state: Literal["held", "running", "ended"] = "held"
         self.cancelled = False
+        self.expired = False
         self.stop_reason = ""
         self.counts = True
         self.go: asyncio.Future[bool] | None = None
@@ -75,6 +76,11 @@ class Execution:
             self.cancelled, self.stop_reason = True, reason
             if self.task is not None:
                 self.task.cancel()
+
+    def expire(self) -> None:
+        """The request's time is up."""
+        self.expired = True
+        self.stop("its time is up")
 
     def let_go(self) -> None:
         """Another run counts."""
@@ -95,16 +101,16 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     execution.started_at = time.monotonic()
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
+    # A plain timer costs a third of asyncio.timeout_at.
+    timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
     try:
-        async with asyncio.timeout_at(execution.deadline):
-            finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
-    except TimeoutError:
-        budget_s = request.budget_ms / 1000
-        error: ModelBusError = DeadlineExceeded(f"no complete answer within {budget_s:g} s")
+        finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise
-        error = RequestCancelled(execution.stop_reason)
+        error: ModelBusError = RequestCancelled(execution.stop_reason)
+        if execution.expired:
+            error = DeadlineExceeded(f"no complete answer within {request.budget_ms / 1000:g} s")
     except ModelBusError as failure:
         error = failure
     except Exception as failure:  # an engine may raise anything; its words go to the client
@@ -126,6 +132,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
                 ),
             )
         return finished.usage, "done", ""
+    finally:
+        timer.cancel()
     execution.state = "ended"
     spent = usage.usage()
     if execution.counts:

@@ -162,7 +162,7 @@ class Engine(ABC):
     def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         raise UnsupportedField(f"model {self.config.model!r} does not serve embeddings", param="model")
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  # most engines have nothing to let go of
         """Lets go of everything; no generator is open any more."""
 
 
