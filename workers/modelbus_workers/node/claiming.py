@@ -61,11 +61,13 @@ def next_roll(
     *,
     excluded: bool,
     room_beside: bool,
+    room_after: bool,
 ) -> Roll:
     """How a replica that runs the revision ``running`` goes on towards the one that is wished for.
 
     It moves when all replicas below it are ok on the new revision. The new worker comes first where both fit;
-    an ``exclusive`` deployment never has two.
+    an ``exclusive`` deployment never has two. ``room_after``: it fits here without the old one, or on another node.
+    When it fits nowhere, a mistake such as a path that is not there leaves the old one running.
     """
     if running == deployment.revision or excluded:
         return "stay"
@@ -76,7 +78,9 @@ def next_roll(
     }
     if not ok.issuperset(range(replica)):
         return "stay"
-    return "beside" if room_beside and not deployment.exclusive else "stop first"
+    if room_beside and not deployment.exclusive:
+        return "beside"
+    return "stop first" if room_after else "stay"
 
 
 def backoff_s(crashes: int, first_s: float, most_s: float) -> float:

@@ -7,7 +7,7 @@ import os
 
 import msgspec
 from modelbus_broker.errors import ModelBusError
-from modelbus_broker.messages import GPU
+from modelbus_broker.messages import GPU, NodeRecord
 
 from modelbus_workers.engines.base import engine_class, engine_names
 
@@ -41,6 +41,18 @@ def offer(
         labels=dict(labels or {}),
         engines=frozenset(engines),
         missing=missing,
+    )
+
+
+def offer_of(node: NodeRecord) -> Offer:
+    """What another node says that it has."""
+    return Offer(
+        cpus=node.cpus,
+        memory_mb=node.memory_mb,
+        gpus=tuple(node.gpus),
+        labels=node.labels,
+        engines=frozenset(node.engines),
+        missing=node.missing,
     )
 
 

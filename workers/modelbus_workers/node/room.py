@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
-from modelbus_broker.messages import Deployment
+from modelbus_broker.messages import Deployment, NodeRecord
 
 from .resources import Offer
 
@@ -42,6 +42,12 @@ def free(offer: Offer, taken: Iterable[Share]) -> Free:
         for index in share.gpus:
             gpus[index] -= share.gpu_fraction
     return Free(cpus=max(0.0, cpus), memory_mb=max(0, memory_mb), gpus=gpus)
+
+
+def free_of(node: NodeRecord) -> Free:
+    """What another node says is left of its offer."""
+    rests = dict(zip((gpu.index for gpu in node.gpus), node.gpus_free, strict=False))
+    return Free(cpus=node.cpus_free, memory_mb=node.memory_free_mb, gpus=rests)
 
 
 def why_no_room(deployment: Deployment, offer: Offer, left: Free) -> str:
