@@ -36,7 +36,7 @@ format: $(MADE) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix-only --quiet $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
 bench: $(MADE) ## measure against a bare server, ratios in a table; some rows: make bench ARGS="chat streams --seconds 2"
-	@$(BIN)/python tests/bench/run.py $(ARGS)
+	@$(BIN)/python -m tests.bench.run $(ARGS)
 
 bench-setup: $(MADE) ## make .venv-litellm, the proxy that one row of the table is compared with
 	@[[ -x .venv-litellm/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-litellm

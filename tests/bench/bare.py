@@ -1,6 +1,6 @@
 """The floor: an aiohttp server that does nothing but answer with given bytes. It is the mock upstream as well.
 
-    python -m tests.bench.bare ANSWERS      (ANSWERS: an Answers as JSON; prints its port when it is ready)
+python -m tests.bench.bare ANSWERS      (ANSWERS: an Answers as JSON; prints its port when it is ready)
 """
 
 from __future__ import annotations
