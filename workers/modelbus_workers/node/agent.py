@@ -40,7 +40,7 @@ from modelbus_broker.registry import Registry
 from modelbus_broker.sealing import make_seal_key, public_seal_key
 from modelbus_broker.topology import declare_bus, declare_memory
 
-from modelbus_workers.job import EXIT_START_FAILED, WorkerJob
+from modelbus_workers.job import WorkerJob
 
 from .claiming import after_refusal, backoff_s, held_off, may_claim, next_roll, wished
 from .processes import Keeper, WorkerProcess, describe_end, log_path, tail
