@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -22,16 +23,16 @@ def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
     if not template:
         raise UnsupportedField("this model has no chat template; use /v1/completions instead", param="messages")
     template = template if isinstance(template, str) else " ".join(template.values())
-    options = dict(task.chat_template_kwargs or {})
-    options |= _tool_options(task, template) | _effort(task, template)
+    options = _template_options(loaded, task) | _tool_options(task, template) | _effort(task, template)
     _refuse_response_format(task)
     if not task.messages:
         raise InvalidRequest("messages is empty", param="messages")
     last = task.messages[-1]
     goes_on = last.role == "assistant" and not last.tool_calls and bool(last.text())
+    turns = [_for_template(message, index, template) for index, message in enumerate(task.messages)]
     try:
         encoded = loaded.tokenizer.apply_chat_template(
-            [_for_template(message, index, template) for index, message in enumerate(task.messages)],
+            turns,
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             tokenize=True,
@@ -130,6 +131,16 @@ def _arguments(text: str) -> object:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _template_options(loaded: TextModel, task: Chat) -> dict[str, Any]:
+    options = dict(task.chat_template_kwargs or {})
+    # The library's own parameters would change what is computed, or bring the client's template in.
+    reserved = inspect.signature(loaded.tokenizer.apply_chat_template).parameters.keys() & options.keys()
+    if reserved:
+        names = ", ".join(sorted(reserved))
+        raise UnsupportedField(f"chat_template_kwargs may not have {names}", param="chat_template_kwargs")
+    return options
 
 
 def _tool_options(task: Chat, template: str) -> dict[str, Any]:
