@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from . import errors
     from .answers import ChoiceAnswer
     from .client import ChatAnswer, ChatDelta, ChatStream, Client, EmbeddingAnswer, connect
-    from .deploying import DeployResult, DeploySpec
+    from .deploying import DeployResult, UndeployResult
+    from .spec import DeploySpec
     from .stat import ModelInfo, ModelStat
-    from .sync import ByzerLLM, LLM, LLMRequest, LLMResponse, SingleOutputMeta, connect_cluster, disconnect
+    from .sync import LLM, ByzerLLM, LLMRequest, LLMResponse, SingleOutputMeta, connect_cluster, disconnect
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "modelbus.answers": ("ChoiceAnswer",),
     "modelbus.client": ("ChatAnswer", "ChatDelta", "ChatStream", "Client", "EmbeddingAnswer", "connect"),
-    "modelbus.deploying": ("DeployResult", "DeploySpec"),
+    "modelbus.deploying": ("DeployResult", "UndeployResult"),
+    "modelbus.spec": ("DeploySpec",),
     "modelbus.stat": ("ModelInfo", "ModelStat"),
     "modelbus.sync": (
         "ByzerLLM", "LLM", "LLMRequest", "LLMResponse", "SingleOutputMeta", "connect_cluster", "disconnect",
@@ -46,7 +48,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ByzerLLM", "ChatAnswer", "ChatDelta", "ChatMessage", "ChatStream", "ChoiceAnswer", "Client", "DeployResult",
     "DeploySpec", "EmbeddingAnswer", "ImagePart", "ImageURL", "LLM", "LLMRequest", "LLMResponse", "ModelBusError",
-    "ModelInfo", "ModelStat", "Sampling", "SingleOutputMeta", "TextPart", "ToolCall", "Usage", "__version__",
+    "ModelInfo", "ModelStat", "Sampling", "SingleOutputMeta", "TextPart", "ToolCall", "UndeployResult", "Usage", "__version__",
     "connect", "connect_cluster", "disconnect", "errors",
 ]  # fmt: skip
 

@@ -1,0 +1,441 @@
+"""Bringing a model up and taking it down.
+
+A deploy is a wish written to a bucket; nodes fulfil it. Here it is written, watched until every worker's self-test
+is good and one real request came back through the queue, and taken back when that does not happen: a first
+deploy that fails leaves nothing behind, a failed redeploy restores the revision before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+from modelbus_broker.buckets import Bucket
+from modelbus_broker.connection import status_of
+from modelbus_broker.errors import (
+    ConfigurationError,
+    Conflict,
+    DeploymentFailed,
+    ModelBusError,
+    ModelNotFound,
+    NoRoom,
+    UndeployRefused,
+)
+from modelbus_broker.messages import (
+    Chat,
+    ChatMessage,
+    Completion,
+    DeadLetter,
+    Deployment,
+    Embedding,
+    NodeRecord,
+    Sampling,
+    StartFailure,
+    Task,
+    WorkerRecord,
+    decode_deployment,
+    decode_request,
+    encode,
+)
+from modelbus_broker.names import (
+    BUCKET_DEPLOYMENTS,
+    BUCKET_FAILURES,
+    dead_subject,
+    deployment_key,
+    message_id,
+    publisher_of,
+    random_token,
+    response_subject,
+    run_name,
+)
+from modelbus_broker.publisher import CallOptions
+from modelbus_broker.sealing import seal
+from modelbus_broker.topology import declare_bus, declare_model, model_subjects, queued, remove_model, running
+
+from .answers import collect
+from .spec import DeploySpec, EngineChoice, engine_choice
+from .stat import worker_order
+
+if TYPE_CHECKING:
+    from modelbus_broker.connection import Bus
+    from modelbus_broker.publisher import Publisher
+    from modelbus_broker.registry import Registry
+
+#: Takes one line for people each time something changes.
+Progress = Callable[[str], None]
+
+#: How long all nodes must go on saying no before a deploy believes them, seconds. While an older revision still
+#: runs its workers may hold the room that the new one needs.
+_REFUSED_S, _REFUSED_REDEPLOY_S = 3.0, 20.0
+#: How long the workers of a taken back or undeployed deployment get to end, seconds: more than a node's own limit.
+_GONE_S = 40.0
+
+
+class DeployResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment that can answer."""
+
+    model: str
+    deployment: str
+    revision: str
+    engine: str
+    workers: int
+    nodes: list[str]
+    replaced: bool = False  #: there was an older revision
+    took_s: float = 0.0
+
+
+class UndeployResult(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    deployments: list[str]
+    dropped: int = 0  #: requests that waited and went to the dead letters
+
+
+def no_progress(line: str) -> None:
+    """Listens to nothing."""
+
+
+async def deploy(
+    bus: Bus, registry: Registry, publisher: Publisher, spec: DeploySpec, on_progress: Progress = no_progress
+) -> DeployResult:
+    """Brings a model up, or moves it to a new revision, and returns when it can answer.
+
+    Raises:
+        ConfigurationError: the spec cannot be meant as it stands; nothing was done.
+        NoRoom: no node has what it asks for; the message says what is short on each.
+        DeploymentFailed: it did not come up, with the engine's or provider's own words; everything is as before.
+        Conflict: someone else deployed the same name meanwhile.
+    """
+    started = time.monotonic()
+    choice = engine_choice(spec)
+    await declare_bus(bus)
+    if not registry.nodes:
+        raise NoRoom("no node is running on this bus: start one with `modelbus start`")
+    wish = _wish(spec, choice, registry.nodes.values())
+    await declare_model(bus, spec.model, shares=spec.shares)
+    try:
+        async with _written(bus, registry, wish) as previous:
+            async with asyncio.timeout(spec.timeout_s):
+                workers = await _ready(registry, wish, replaces=previous is not None, on_progress=on_progress)
+                on_progress("sending one request through the queue")
+                await _try_request(publisher, wish, workers)
+    except TimeoutError as error:
+        raise DeploymentFailed(
+            f"{wish.name} was not ready after {spec.timeout_s:g} s: {_situation(wish, registry)}"
+        ) from error
+    await _forget_failures(bus, wish.name)
+    return DeployResult(
+        model=wish.model,
+        deployment=wish.name,
+        revision=wish.revision,
+        engine=wish.engine,
+        workers=len(workers),
+        nodes=sorted({worker.node for worker in workers}),
+        replaced=previous is not None,
+        took_s=round(time.monotonic() - started, 3),
+    )
+
+
+async def undeploy(
+    bus: Bus,
+    registry: Registry,
+    model: str,
+    *,
+    drain: bool = False,
+    drop: bool = False,
+    timeout_s: float = 600.0,
+    on_progress: Progress = no_progress,
+) -> UndeployResult:
+    """Takes a model down: its workers finish what they run, its queue and its records go.
+
+    With ``drain`` it first waits, at most ``timeout_s``, until nothing waits in the queue; with ``drop`` what
+    waits goes to the dead letters.
+
+    Raises:
+        ModelNotFound: it is not deployed.
+        UndeployRefused: requests wait, and neither ``drain`` nor ``drop`` says what to do with them.
+    """
+    deployments = registry.deployments_of(model)
+    if not deployments:
+        raise ModelNotFound(f"model {model!r} is not deployed; `modelbus models` lists those that are")
+    waiting = await queued(bus, model)
+    if waiting and not (drain or drop):
+        raise UndeployRefused(
+            f"{waiting} request(s) wait for {model!r}: --drain serves them first, --drop moves them to the dead letters"
+        )
+    if drain:
+        await _drained(bus, registry, model, timeout_s, on_progress)
+    bucket = Bucket(bus, BUCKET_DEPLOYMENTS)
+    for deployment in deployments:
+        await bucket.delete(deployment_key(deployment.name))
+    on_progress("stopping the workers")
+    for deployment in deployments:
+        await _gone(registry, deployment.name)
+    dropped = await _bury(bus, model)
+    await remove_model(bus, model)
+    for deployment in deployments:
+        await _forget_failures(bus, deployment.name)
+    return UndeployResult(model=model, deployments=sorted(item.name for item in deployments), dropped=dropped)
+
+
+def _wish(spec: DeploySpec, choice: EngineChoice, nodes: Iterable[NodeRecord]) -> Deployment:
+    return Deployment(
+        name=spec.deployment,
+        model=spec.model,
+        engine=choice.engine,
+        revision=random_token(10),
+        engine_params=choice.params,
+        sealed=_sealed(choice.secrets, nodes),
+        model_path=spec.model_path,
+        pretrained_model_type=spec.pretrained_model_type,
+        replicas=spec.num_workers,
+        slots=spec.worker_concurrency,
+        cpus=spec.cpus_per_worker,
+        memory_mb=spec.memory_mb,
+        gpus=spec.gpus_per_worker,
+        require=choice.require,
+        shares=spec.shares,
+        queue_limit=spec.queue_limit,
+        budget_ms=round(spec.budget_s * 1000),
+        priority=spec.priority,
+        created_ms=time.time_ns() // 1_000_000,
+    )
+
+
+def _sealed(secrets: Mapping[str, str], nodes: Iterable[NodeRecord]) -> dict[str, str]:
+    if not secrets:
+        return {}
+    keys = {node.seal_key for node in nodes if node.seal_key}
+    if len(keys) != 1:
+        raise ConfigurationError(
+            f"{', '.join(sorted(secrets))} cannot be sealed: "
+            + ("no node offers a key for that" if not keys else "the nodes do not share one cluster key")
+            + "; write env:NAME or file:PATH to have it read on the node"
+        )
+    (key,) = keys
+    return {name: seal(key, value) for name, value in secrets.items()}
+
+
+@asynccontextmanager
+async def _written(bus: Bus, registry: Registry, wish: Deployment) -> AsyncIterator[Deployment | None]:
+    """Writes the wish and gives the one it replaces; leaving by an error, cancellation too, takes it back."""
+    bucket, key = Bucket(bus, BUCKET_DEPLOYMENTS), deployment_key(wish.name)
+    entry = await bucket.get(key)
+    previous = decode_deployment(entry.value) if entry and not entry.deleted else None
+    if previous is not None and previous.model != wish.model:
+        raise Conflict(f"deployment {wish.name!r} serves model {previous.model!r}: choose another --name")
+    try:
+        if previous is not None and entry is not None:
+            seq = await bucket.update(key, encode(wish), entry.seq)
+        else:
+            seq = await bucket.create(key, encode(wish))
+    except Conflict as error:
+        raise Conflict(f"someone else deploys {wish.name!r} just now: try again when that is done") from error
+    try:
+        yield previous
+    except BaseException:
+        # Shielded, so that a second Ctrl-C does not leave half of it.
+        await asyncio.shield(asyncio.create_task(_take_back(bus, registry, wish, previous, seq), name="take-back"))
+        raise
+
+
+async def _take_back(bus: Bus, registry: Registry, wish: Deployment, previous: Deployment | None, seq: int) -> None:
+    bucket, key = Bucket(bus, BUCKET_DEPLOYMENTS), deployment_key(wish.name)
+    try:
+        if previous is not None:
+            await bucket.update(key, encode(previous), seq)
+        else:
+            await bucket.delete(key, seq)
+    except Conflict:
+        # Another deploy or undeploy of this name came after ours: what lies there now is theirs.
+        return
+    if previous is None:
+        await _gone(registry, wish.name)
+        if not [item for item in registry.deployments_of(wish.model) if item.name != wish.name]:
+            await remove_model(bus, wish.model)
+    await _forget_failures(bus, wish.name)
+
+
+async def _ready(registry: Registry, wish: Deployment, *, replaces: bool, on_progress: Progress) -> list[WorkerRecord]:
+    """Waits for N good workers of this revision; raises as soon as it is plain that they will not come."""
+    patience_s = _REFUSED_REDEPLOY_S if replaces else _REFUSED_S
+    refused_since: float | None = None
+    shown = ""
+    while True:
+        workers = _workers_of(registry, wish)
+        line = _situation(wish, registry)
+        if line != shown:
+            shown = line
+            on_progress(line)
+        ready = [worker for worker in workers if worker.state == "ok"]
+        if len({worker.replica for worker in ready}) >= wish.replicas:
+            return ready
+        verdict = why_not(wish, registry.nodes.values(), workers, registry.failures.values())
+        if verdict is None:
+            refused_since = None
+        elif type(verdict) is DeploymentFailed:
+            raise verdict
+        else:
+            refused_since = refused_since or time.monotonic()
+            if time.monotonic() - refused_since >= patience_s:
+                raise verdict
+        await registry.changed(0.5)
+
+
+def why_not(
+    wish: Deployment, nodes: Iterable[NodeRecord], workers: Iterable[WorkerRecord], failures: Iterable[StartFailure]
+) -> DeploymentFailed | None:
+    """Why the missing workers will not come: every node has failed to start one or has no room; None if one may yet."""
+    nodes = list(nodes)
+    coming = {worker.replica for worker in workers if worker.state in ("starting", "ok")}
+    if len(coming) >= wish.replicas:
+        return None
+    if not nodes:
+        return NoRoom("no node is running on this bus: start one with `modelbus start`")
+    failed = {
+        failure.node: failure.words
+        for failure in failures
+        if (failure.deployment, failure.revision) == (wish.name, wish.revision)
+    }
+    refused = {node.id: node.refused.get(f"{wish.name}.{wish.revision}", "") for node in nodes}
+    if not all(node.id in failed or refused[node.id] for node in nodes):
+        return None
+    hosts = {node.id: node.host or node.id for node in nodes}
+    words = [(hosts.get(node, node), text) for node, text in failed.items()]
+    short = [(hosts[node], text) for node, text in refused.items() if text and node not in failed]
+    if words:
+        return DeploymentFailed(_by_host(words + short))
+    return NoRoom(f"no node has room for {wish.replicas} worker(s) of {wish.name}: {_by_host(short, always=True)}")
+
+
+def _by_host(words: list[tuple[str, str]], *, always: bool = False) -> str:
+    texts = {text for _, text in words}
+    if len(texts) == 1 and not always:
+        return texts.pop()
+    return "; ".join(f"{host}: {text}" for host, text in sorted(words))
+
+
+def _workers_of(registry: Registry, wish: Deployment) -> list[WorkerRecord]:
+    return sorted(
+        (
+            worker
+            for worker in registry.workers.values()
+            if (worker.deployment, worker.revision) == (wish.name, wish.revision)
+        ),
+        key=worker_order,
+    )
+
+
+def _situation(wish: Deployment, registry: Registry) -> str:
+    """One line: how many are ready and what each of the others says."""
+    workers = _workers_of(registry, wish)
+    ready = sum(worker.state == "ok" for worker in workers)
+    said = [
+        f"worker {worker.replica} {worker.state}" + (f" ({worker.words})" if worker.words else "")
+        for worker in workers
+        if worker.state != "ok"
+    ]
+    said += [
+        f"no room on {node.host or node.id} ({words})"
+        for node in registry.nodes.values()
+        if (words := node.refused.get(f"{wish.name}.{wish.revision}", ""))
+    ]
+    said += [
+        f"failed on {failure.node}"
+        for failure in registry.failures.values()
+        if (failure.deployment, failure.revision) == (wish.name, wish.revision)
+    ]
+    return ", ".join([f"{ready} of {wish.replicas} workers ready", *said])
+
+
+async def _try_request(publisher: Publisher, wish: Deployment, workers: list[WorkerRecord]) -> None:
+    """One real request through the queue to the new revision: what the self-test cannot see is the bus between."""
+    task = _test_task(workers[0].capabilities.tasks)
+    if task is None:
+        return
+    try:
+        call = await publisher.submit(wish.model, task, CallOptions(revision=wish.revision, wait=True, stream=False))
+        await collect(call)
+    except ModelBusError as error:
+        raise DeploymentFailed(
+            f"the workers are ready, but a test request failed: {error.message}", upstream=error.upstream
+        ) from error
+
+
+def _test_task(tasks: list[str]) -> Task | None:
+    sampling = Sampling(max_tokens=1)
+    if "chat" in tasks:
+        return Chat(messages=[ChatMessage(role="user", content="Hello")], sampling=sampling)
+    if "completion" in tasks:
+        return Completion(prompt=["Hello"], sampling=sampling)
+    if "embedding" in tasks:
+        return Embedding(input=["Hello"])
+    return None
+
+
+async def _drained(bus: Bus, registry: Registry, model: str, timeout_s: float, on_progress: Progress) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            while waiting := await queued(bus, model) + await running(bus, model):
+                on_progress(f"{waiting} request(s) to go")
+                await asyncio.sleep(0.2)
+    except TimeoutError as error:
+        raise UndeployRefused(
+            f"requests still wait for {model!r} after {timeout_s:g} s of draining; --drop does not wait"
+        ) from error
+
+
+async def _gone(registry: Registry, deployment: str) -> None:
+    """Waits until no worker of the deployment is alive; its node ends it in bounded time."""
+    end = time.monotonic() + _GONE_S
+    while time.monotonic() < end:
+        alive = [
+            w for w in registry.workers.values() if w.deployment == deployment and w.state not in ("gone", "failed")
+        ]
+        if not alive:
+            return
+        await registry.changed(0.5)
+
+
+async def _bury(bus: Bus, model: str) -> int:
+    """Moves what still waits to the dead letters, tells those who wait for it, and says how many there were."""
+    count = 0
+    for stream, subject in model_subjects(model):
+        seq = 0
+        while True:
+            body = msgspec.json.encode({"seq": seq + 1, "next_by_subj": subject})
+            msg = await bus.request(f"$JS.API.DIRECT.GET.{stream}", body)
+            if status_of(msg) or msg.headers is None:
+                break
+            seq = int(msg.headers["Nats-Sequence"])
+            await _bury_one(bus, model, msg.headers["Nats-Subject"], msg.data)
+            count += 1
+    return count
+
+
+async def _bury_one(bus: Bus, model: str, subject: str, original: bytes) -> None:
+    request = decode_request(original)
+    letter = DeadLetter(
+        id=request.id,
+        model=model,
+        reason="undeployed",
+        crashes=request.crashes,
+        original=original,
+        subject=subject,
+        at_ms=time.time_ns() // 1_000_000,
+    )
+    await bus.js_publish(dead_subject(model), encode(letter), msg_id=f"{message_id(request.id, request.attempt)}.dead")
+    error = ModelNotFound(f"model {model!r} was undeployed while the request waited")
+    # No worker has this run: a first frame under a name of our own makes it the one that counts.
+    frame = error.failed(id=request.id, run=run_name(request.attempt, 1, "undeploy"), seq=0)
+    await bus.publish(response_subject(publisher_of(request.id), "undeploy"), encode([frame]))
+
+
+async def _forget_failures(bus: Bus, deployment: str) -> None:
+    bucket, prefix = Bucket(bus, BUCKET_FAILURES), deployment_key(deployment) + "."
+    for key, entry in (await bucket.all()).items():
+        if key.startswith(prefix) and not entry.deleted:
+            await bucket.delete(key)
