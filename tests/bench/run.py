@@ -291,7 +291,11 @@ async def measure(rows: list[str], plan: Plan) -> list[Line]:
     async with stand() as parts:
         for name in rows:
             print(f"{name}: {(ROWS[name].__doc__ or '').splitlines()[0]}", file=sys.stderr, flush=True)
-            lines += await ROWS[name](parts, plan)
+            try:
+                lines += await ROWS[name](parts, plan)
+            except RuntimeError as error:
+                print(f"{name} failed: {error}", file=sys.stderr)
+                lines.append(Line(what=name, modelbus="", other="", result="failed", met=False))
     return lines
 
 

@@ -144,7 +144,13 @@ class Stand:
         config = self.folder / "litellm.yaml"
         parameters = {"model": "openai/chat", "api_base": upstream, "api_key": "none"}
         config.write_text(json.dumps({"model_list": [{"model_name": "chat", "litellm_params": parameters}]}))
-        environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+        environment = {
+            **os.environ,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # nothing is fetched at its start
+            "LITELLM_LOG": "ERROR",
+            # It listens on the loopback for a minute and has no key to give away; checking keys would slow it down.
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        }
         command = [
             str(LITELLM),
             "--config",
