@@ -1,0 +1,212 @@
+"""What every engine owes to the worker, as checks that each engine's tests run on a started engine.
+
+``GREEDY`` makes answers repeatable where the model has a choice. A check whose capability the engine lacks
+does nothing, so that a test can run the whole list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, cast
+
+import msgspec
+from modelbus_broker.messages import Chat, ChatMessage, Completion, Embedding, Sampling, Usage
+from modelbus_workers.engines.base import Engine, EngineOutput, Finished, Output, Prompt, Run, VectorBatch
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+QUESTION = "Name three colours, please."
+
+
+class Answer(msgspec.Struct):
+    """All outputs of one request, put together."""
+
+    prompt_tokens: int | None = None
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    token_ids: dict[int, list[int]] = {}
+    outputs: list[Output] = []
+    vectors: list[bytes] = []
+    finished: Finished | None = None
+
+    @property
+    def usage(self) -> Usage:
+        assert self.finished is not None
+        return self.finished.usage
+
+
+def chat(text: str, **sampling: Any) -> Chat:
+    return Chat(messages=[ChatMessage(role="user", content=text)], sampling=Sampling(**(GREEDY | sampling)))
+
+
+async def ask(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -> Answer:
+    """The whole answer; asserts that its outputs come in the order that the port promises."""
+    answer = Answer()
+    async for output in outputs_of(engine, task, **run):
+        assert answer.finished is None, "nothing comes after Finished"
+        match output:
+            case Prompt():
+                assert not answer.outputs and not answer.vectors, "Prompt comes first"
+                answer.prompt_tokens = output.tokens
+            case Output():
+                assert not answer.reasons.get(output.choice), "nothing comes after the finish reason of a choice"
+                answer.texts[output.choice] = answer.texts.get(output.choice, "") + output.text
+                answer.reasons[output.choice] = output.finish_reason
+                answer.token_ids.setdefault(output.choice, []).extend(output.token_ids)
+                answer.outputs.append(output)
+            case VectorBatch():
+                assert output.start == len(answer.vectors), "vectors come in the order of the inputs"
+                assert all(len(vector) == 4 * output.dimensions for vector in output.data)
+                answer.vectors.extend(output.data)
+            case Finished():
+                answer.finished = output
+    assert answer.finished is not None, "every answer ends with Finished"
+    assert all(answer.reasons.values()), "every choice has a finish reason"
+    return answer
+
+
+def outputs_of(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -> AsyncGenerator[EngineOutput, None]:
+    method = {Chat: engine.chat, Completion: engine.completion, Embedding: engine.embedding}[type(task)]
+    return cast(AsyncGenerator[EngineOutput, None], method(task, Run(id="test", **run)))  # type: ignore[operator]
+
+
+async def check_capabilities_tell_what_is_served(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    assert capabilities.tasks and set(capabilities.tasks) <= {"chat", "completion", "embedding"}
+    assert engine.slots >= 1
+    assert bool(engine.compat()) >= capabilities.can_continue, "who goes on from tokens says whose"
+
+
+async def check_the_self_test_passes(engine: Engine) -> None:
+    await engine.self_test()
+
+
+async def check_streaming_gives_the_same_as_plain(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    streamed = await ask(engine, chat(QUESTION, max_tokens=12), stream=True)
+    plain = await ask(engine, chat(QUESTION, max_tokens=12), stream=False)
+    assert streamed.texts == plain.texts
+    assert streamed.reasons == plain.reasons
+    assert streamed.usage == plain.usage
+
+
+async def check_the_limit_of_tokens_ends_with_length(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    answer = await ask(engine, chat(QUESTION, max_tokens=2))
+    assert answer.reasons == {0: "length"}
+    assert answer.usage.completion_tokens == 2
+    assert answer.usage.prompt_tokens > 0
+
+
+async def check_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    whole = (await ask(engine, chat(QUESTION, max_tokens=12))).texts[0]
+    stop = whole[5:8]
+    answer = await ask(engine, chat(QUESTION, max_tokens=12, stop=[stop]))
+    assert answer.texts[0] == whole[: whole.index(stop)]
+    assert answer.reasons == {0: "stop"}
+
+
+async def check_leaving_early_stops_the_work_and_frees_the_slot(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    outputs = outputs_of(engine, chat("Tell me a very long story.", max_tokens=400))
+    await anext(outputs)
+    await asyncio.wait_for(outputs.aclose(), 20)
+    answer = await ask(engine, chat(QUESTION, max_tokens=2))
+    assert answer.reasons == {0: "length"}
+
+
+async def check_cancelling_the_task_stops_the_work(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    task = asyncio.create_task(ask(engine, chat("Tell me a very long story.", max_tokens=400)))
+    await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=20)
+    assert done
+    assert (await ask(engine, chat(QUESTION, max_tokens=2))).finished is not None
+
+
+async def check_text_of_any_script_arrives_whole(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    task = chat("Repeat: 你好，世界 😀 naïve Ω", max_tokens=12)
+    answer = await ask(engine, task)
+    for output in answer.outputs:
+        output.text.encode()  # no half of a surrogate pair
+    assert answer.texts[0] == (await ask(engine, task, stream=False)).texts[0]
+    # A character that was cut in the middle shows as this; only a token limit may leave one, at the very end.
+    assert "\ufffd" not in answer.texts[0][:-1]
+
+
+async def check_concurrent_requests_do_not_mix(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    tasks = [chat(f"Say the number {number}.", max_tokens=6) for number in range(4)]
+    alone = [await ask(engine, task) for task in tasks]
+    together = await asyncio.gather(*(ask(engine, task) for task in tasks))
+    assert [answer.texts for answer in together] == [answer.texts for answer in alone]
+    assert [answer.usage for answer in together] == [answer.usage for answer in alone]
+
+
+async def check_several_choices_are_told_apart(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or not capabilities.n:
+        return
+    answer = await ask(engine, chat(QUESTION, max_tokens=3, n=3))
+    assert sorted(answer.texts) == [0, 1, 2]
+    assert answer.usage.completion_tokens == 9
+
+
+async def check_log_probabilities_are_probabilities(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or not capabilities.logprobs:
+        return
+    answer = await ask(engine, chat(QUESTION, max_tokens=4, logprobs=3))
+    logprobs = [logprob for output in answer.outputs for logprob in output.logprobs]
+    assert len(logprobs) == answer.usage.completion_tokens
+    assert all(logprob.logprob <= 0 and len(logprob.top) == 3 for logprob in logprobs)
+
+
+async def check_completion_goes_on_from_the_prompt(engine: Engine) -> None:
+    if "completion" not in engine.capabilities().tasks:
+        return
+    answer = await ask(engine, Completion(prompt=["One, two, three, four"], sampling=Sampling(max_tokens=3, **GREEDY)))
+    assert answer.reasons == {0: "length"}
+    assert answer.texts[0]
+    assert answer.usage.completion_tokens == 3
+
+
+async def check_each_input_has_its_vector(engine: Engine) -> None:
+    if "embedding" not in engine.capabilities().tasks:
+        return
+    both = await ask(engine, Embedding(input=["a cat", "a dog"]))
+    alone = await ask(engine, Embedding(input=["a dog"]))
+    assert len(both.vectors) == 2
+    assert both.vectors[0] != both.vectors[1]
+    assert len(alone.vectors[0]) == len(both.vectors[1])
+    assert both.usage.prompt_tokens > 0
+
+
+Check = Callable[[Engine], Awaitable[None]]
+
+#: Checks that need nothing of the model but repeatable answers of some length.
+CHECKS: list[Check] = [
+    check_capabilities_tell_what_is_served,
+    check_the_self_test_passes,
+    check_streaming_gives_the_same_as_plain,
+    check_the_limit_of_tokens_ends_with_length,
+    check_a_stop_string_ends_the_text_before_it,
+    check_leaving_early_stops_the_work_and_frees_the_slot,
+    check_cancelling_the_task_stops_the_work,
+    check_text_of_any_script_arrives_whole,
+    check_concurrent_requests_do_not_mix,
+    check_several_choices_are_told_apart,
+    check_log_probabilities_are_probabilities,
+    check_completion_goes_on_from_the_prompt,
+    check_each_input_has_its_vector,
+]
