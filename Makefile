@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 MADE := .venv/.made
 BIN := .venv/bin
-SOURCES := broker sdk workers gateway tests scripts
+SOURCES := broker sdk workers gateway tests scripts compose
 
 help: ## this list
 	@echo "modelbus: any large model, on any host, behind one durable bus"; echo
