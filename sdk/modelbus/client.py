@@ -77,6 +77,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
 
     choice: int = 0
     text: str = ""
+    position: int = 0  #: output tokens of this choice so far; 0 = not known
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = []
     finish_reason: FinishReason = ""  #: set in the last delta of a choice
@@ -396,6 +397,7 @@ def _chat_delta(frame: Delta) -> ChatDelta:
     return ChatDelta(
         choice=frame.choice,
         text=frame.text,
+        position=frame.position,
         reasoning=frame.reasoning,
         tool_calls=frame.tool_calls,
         finish_reason=frame.finish_reason,
