@@ -20,7 +20,6 @@ from modelbus_broker.errors import (
     ModelBusError,
     StreamCut,
     UnsupportedField,
-    UpstreamFailed,
 )
 from modelbus_broker.messages import Capabilities, Chat, ChatMessage, Completion, Embedding, Sampling, Usage
 
@@ -111,7 +110,9 @@ class OpenAIEngine(Engine):
         await self._upstream.open()
         try:
             if self._preset.lists_models:
-                await self._ask_for_models()
+                # Of a server of unknown make only the self-test can tell whether the rest of its URL is right.
+                known = self._upstream.endpoint.base_url == self._preset.base_url
+                self._models = await self._upstream.models(required=known)
             if not self._model and len(self._models) == 1:
                 self._model = next(iter(self._models))
             if not self._model:
@@ -278,17 +279,6 @@ class OpenAIEngine(Engine):
         if sampling.n > 1 and not self._preset.n:
             raise UnsupportedField(f"saas/{self._preset.name} gives one choice per request", param="n")
         assert not any(run.output_token_ids), "this engine cannot go on from tokens"
-
-    async def _ask_for_models(self) -> None:
-        try:
-            self._models = await self._upstream.models()
-        except UpstreamFailed as error:
-            # A server of unknown make may have no such list; the self-test will tell whether the URL is right.
-            foreign = self._upstream.endpoint.base_url != self._preset.base_url
-            if not (foreign and (" 404" in error.message or " 501" in error.message)):
-                raise
-        except InvalidRequest:
-            return  # 405 and the like: no such list either
 
     def _listed(self) -> str:
         if not self._models:

@@ -85,13 +85,29 @@ class Upstream:
             await self._session.close()
             self._session = None
 
-    async def models(self) -> dict[str, int]:
+    async def models(self, *, required: bool) -> dict[str, int]:
         """Context lengths (0: not told) by model name.
+
+        Args:
+            required: the provider is known to have this list. Otherwise a server without one, or whose list fails,
+                gives an empty one; only a refused key or a server that is not there is an error.
 
         Raises:
             UpstreamFailed: the provider cannot be reached, or refuses, in its own words.
         """
-        return decode_models(await self.retried(lambda: self._whole("GET", "/models", None)))
+        if required:
+            return decode_models(await self.retried(lambda: self._whole("GET", "/models", None)))
+        response = self._response("GET", "/models", None)
+        try:
+            async with response as reader:
+                return decode_models(await reader.rest(b""))
+        except TryAgain as again:
+            if not response.status:
+                raise again.error from None
+        except ModelBusError:
+            if response.status in (0, 401, 402, 403):
+                raise
+        return {}
 
     async def post(self, path: str, body: Mapping[str, Any], deadline: float = float("inf")) -> bytes:
         """The whole answer to a body, retried.
@@ -198,6 +214,11 @@ class _Response:
         self._method, self._path, self._body = method, path, body
         self._response: aiohttp.ClientResponse | None = None
         self._reader: _Reader | None = None
+
+    @property
+    def status(self) -> int:
+        """The HTTP status; 0: there was no answer."""
+        return 0 if self._response is None else self._response.status
 
     async def __aenter__(self) -> _Reader:
         end = self._endpoint
