@@ -164,7 +164,11 @@ class Bus:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await self._nc.close()
             cause = self._last_error or error
-            if "authorization" in str(cause).lower() or "permissions" in str(cause).lower():
+            # A server that refuses us may cut the connection before its words are read.
+            wants_credentials = bool(getattr(self._nc, "_server_info", {}).get("auth_required"))
+            cut = isinstance(cause, ConnectionError | nats.errors.UnexpectedEOF)
+            words = str(cause).lower()
+            if "authorization" in words or "permissions" in words or (wants_credentials and cut):
                 raise AuthenticationFailed(
                     f"the bus at {self.settings.url} refuses these credentials: "
                     "name a credential file with --creds FILE (MODELBUS_CREDS)"

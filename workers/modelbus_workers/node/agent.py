@@ -200,6 +200,11 @@ class Node:
         others = [share for other in self.replicas.values() if other is not replica for share in other.shares()]
         return why_no_room(deployment, self.offer, free(self.offer, others))
 
+    def _room_is_coming(self) -> bool:
+        """Whether a worker is about to end: then a roll rather waits than stops a worker for want of room."""
+        stopping = (worker.stopping_at for replica in self.replicas.values() for worker in replica.workers())
+        return any(at and time.monotonic() - at < self.settings.stop_grace_s for at in stopping)
+
     def _fits_elsewhere(self, deployment: Deployment) -> bool:
         """Whether another live node seems to have room; whether the model is there, only that node can say."""
         wish = msgspec.structs.replace(deployment, model_path="")
@@ -360,13 +365,16 @@ class Node:
         if running.deployment.revision == deployment.revision or time.monotonic() < replica.not_before:
             return
         left = self._left()
+        room_beside = not why_no_room(deployment, self.offer, left)
+        if not room_beside and self._room_is_coming():
+            return
         step = next_roll(
             deployment,
             replica.number,
             running.deployment.revision,
             list(self.registry.workers.values()),
             excluded=self._is_excluded(deployment),
-            room_beside=not why_no_room(deployment, self.offer, left),
+            room_beside=room_beside,
             room_after=not self._why_no_room_after(deployment, replica) or self._fits_elsewhere(deployment),
         )
         if step == "beside" and (share := place(deployment, left)) is not None:
@@ -389,6 +397,7 @@ class Node:
 
     def _retire(self, replica: Replica, worker: WorkerProcess) -> None:
         replica.retiring.add(worker)
+        worker.stopping_at = time.monotonic()  # now: the next replica of this step must know it
         self._keep(worker.stop(_RETIRE_S, self.hurry), f"retire-{worker.id}")
 
     async def _start(self, replica: Replica, deployment: Deployment, share: Share) -> WorkerProcess | None:

@@ -64,7 +64,8 @@ class Keeper:
         except OSError:  # someone killed it: the next one is told about all groups
             log.warning("the keeper of the workers has ended: starting another")
             if self._process is not None:
-                self._process.wait()
+                with contextlib.suppress(OSError):
+                    self._process.communicate()
             self.start()
 
     def _send(self, lines: list[str]) -> None:
@@ -93,6 +94,8 @@ class WorkerProcess:
         self.ended = asyncio.Event()
         self._started = time.monotonic()
         self._ended_at = 0.0
+        #: Monotonic; when it was first asked to stop, 0 before.
+        self.stopping_at = 0.0
         self._process = process
         self._log_file = log_file
         self._log_from = log_from
@@ -112,6 +115,7 @@ class WorkerProcess:
         _rotate(log_file)
         descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
+            _note(descriptor, f"worker {job.worker_id}, revision {job.deployment.revision}, starts on node {job.node}")
             log_from = os.fstat(descriptor).st_size
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -142,6 +146,7 @@ class WorkerProcess:
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
         """SIGTERM, then SIGKILL to all of the group after ``grace_s`` or as soon as ``hurry`` is set."""
         if self.code is None:
+            self.stopping_at = self.stopping_at or time.monotonic()
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             waits = {asyncio.ensure_future(self.ended.wait()), asyncio.ensure_future(hurry.wait())}
@@ -157,12 +162,17 @@ class WorkerProcess:
 
     def last_words(self, lines: int = 5) -> str:
         """The last lines it wrote."""
-        return "\n".join(line for line in tail(self._log_file, lines, self._log_from) if line.strip())
+        found = tail(self._log_file, lines + 1, self._log_from)
+        return "\n".join([line for line in found if line.strip() and " node: worker " not in line][-lines:])
 
     async def _watch(self, keeper: Keeper, on_end: Callable[[], None]) -> None:
         code = await self._process.wait()
         _kill_group(self.pid)  # what it may have left
         keeper.drop(self.pid)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._log_file, os.O_WRONLY | os.O_APPEND)
+            _note(descriptor, f"worker {self.id}: {describe_end(code)}")
+            os.close(descriptor)
         self._ended_at = time.monotonic()
         self.code = code
         self.ended.set()
@@ -202,6 +212,12 @@ def _environment(share: Share) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, share.gpus)),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def _note(descriptor: int, text: str) -> None:
+    """What the node itself has to say in a worker's log."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(descriptor, f"{now} node: {text}\n".encode())
 
 
 def _rotate(path: Path) -> None:
