@@ -98,7 +98,7 @@ async def test_a_full_queue_is_a_429_with_retry_after(
 async def test_a_deadline_is_a_504(
     cluster: Cluster, start_gateway: StartGateway, http: aiohttp.ClientSession, stream: bool
 ) -> None:
-    await cluster.deploy_echo(delay_ms="20000")
+    await cluster.deploy_echo(delay_ms="3000")
     url = await start_gateway()
     async with http.post(
         url + CHAT, json={**HELLO, "stream": stream}, headers={"X-Request-Timeout": "0.3"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import struct
 
 import aiohttp
 import msgspec
 import openai
+import psutil
 import pytest
 from modelbus_broker.registry import Registry
 from openai.types.chat import ChatCompletionUserMessageParam
@@ -200,35 +202,56 @@ async def test_a_client_that_hangs_up_cancels_its_request(
 
 
 async def test_stalled_readers_harm_nobody_and_are_cut(cluster: Cluster, start_gateway: StartGateway) -> None:
-    await cluster.deploy_echo(tokens="40000", chunk="2000", interval_ms="1")
-    url = await start_gateway(client_stall_s=2.0)
+    await cluster.deploy_echo(tokens="300", interval_ms="25")
+    url = await start_gateway(client_stall_s=3.0)
+    # 300 tokens of 16 kB each: far more than sockets and the gateway hold for one client.
+    body = msgspec.json.encode(
+        {"model": "echo", "messages": [{"role": "user", "content": "x" * 16_000}], "stream": True}
+    )
+    loop = asyncio.get_running_loop()
+    memory_before = psutil.Process().memory_info().rss
+    stalled = [await _stalled(loop, url, body) for _ in range(50)]
+    try:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=100) as client:
+
+            async def ask() -> str:
+                answer = await client.chat.completions.create(model="echo", messages=[USER], stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+            answers = await asyncio.gather(*(ask() for _ in range(50)))
+        memory_more = psutil.Process().memory_info().rss - memory_before
+        endings = await asyncio.gather(*(_read_to_the_end(loop, reader) for reader in stalled))
+    finally:
+        for reader in stalled:
+            reader.close()
+
+    assert len(set(answers)) == 1 and len(answers[0].split()) == 300
+    assert memory_more < 200 * 2**20, f"{memory_more / 2**20:.0f} MiB for 50 answers of 5 MB each"
+    assert not any(b"[DONE]" in ending for ending in endings)
+
+
+async def _stalled(loop: asyncio.AbstractEventLoop, url: str, body: bytes) -> socket.socket:
+    """A client that asks and does not read."""
     host, port = url.removeprefix("http://").split(":")
-    body = msgspec.json.encode({"model": "echo", "messages": [USER], "stream": True, "n": 8})
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    stalled = []
-    for _ in range(50):
-        # A small limit stops reading at once; the socket's own buffer fills next.
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        writer.write(head + body)
-        stalled.append((reader, writer))
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.setblocking(False)
+    await loop.sock_connect(reader, (host, int(port)))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    await loop.sock_sendall(reader, head.encode() + body)
+    return reader
 
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=100) as client:
 
-        async def ask() -> str:
-            answer = await client.chat.completions.create(model="echo", messages=[USER], stream=True, max_tokens=200)
-            return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
-
-        answers = await asyncio.gather(*(ask() for _ in range(50)))
-
-    assert len(set(answers)) == 1 and len(answers[0].split()) == 200
-    for reader, writer in stalled:
-        try:
-            everything = await reader.read(-1)
-        except ConnectionError:
-            pass  # cut
-        else:
-            assert b"[DONE]" not in everything
-        writer.close()
+async def _read_to_the_end(loop: asyncio.AbstractEventLoop, reader: socket.socket) -> bytes:
+    """What a stalled client has got when it wakes up, the last part of it."""
+    await asyncio.sleep(6)
+    last = b""
+    try:
+        while data := await loop.sock_recv(reader, 2**20):
+            last = (last + data)[-4096:]
+    except ConnectionError:
+        pass
+    return last
 
 
 async def test_fifty_thousand_words_go_in_and_come_out(client: openai.AsyncOpenAI) -> None:
