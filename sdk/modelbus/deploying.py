@@ -37,13 +37,16 @@ from modelbus_broker.messages import (
     StartFailure,
     Task,
     WorkerRecord,
+    decode_claim,
     decode_deployment,
     decode_request,
     encode,
 )
 from modelbus_broker.names import (
+    BUCKET_CLAIMS,
     BUCKET_DEPLOYMENTS,
     BUCKET_FAILURES,
+    BUCKET_WORKERS,
     dead_subject,
     deployment_key,
     message_id,
@@ -173,7 +176,7 @@ async def undeploy(
         await bucket.delete(deployment_key(deployment.name))
     on_progress("stopping the workers")
     for deployment in deployments:
-        await _gone(registry, deployment.name)
+        await _gone(bus, registry, deployment.name)
     dropped = await _bury(bus, model)
     await remove_model(bus, model)
     for deployment in deployments:
@@ -253,7 +256,7 @@ async def _take_back(bus: Bus, registry: Registry, wish: Deployment, previous: D
         # Another deploy or undeploy of this name came after ours: what lies there now is theirs.
         return
     if previous is None:
-        await _gone(registry, wish.name)
+        await _gone(bus, registry, wish.name)
         if not [item for item in registry.deployments_of(wish.model) if item.name != wish.name]:
             await remove_model(bus, wish.model)
     await _forget_failures(bus, wish.name)
@@ -344,9 +347,10 @@ def _situation(wish: Deployment, registry: Registry) -> str:
         if (words := node.refused.get(f"{wish.name}.{wish.revision}", ""))
     ]
     said += [
-        f"failed on {failure.node}"
+        f"failed on {failure.node} ({failure.words})"
         for failure in registry.failures.values()
         if (failure.deployment, failure.revision) == (wish.name, wish.revision)
+        and failure.node not in {worker.node for worker in workers if worker.state == "failed"}
     ]
     return ", ".join([f"{ready} of {wish.replicas} workers ready", *said])
 
@@ -388,14 +392,23 @@ async def _drained(bus: Bus, registry: Registry, model: str, timeout_s: float, o
         ) from error
 
 
-async def _gone(registry: Registry, deployment: str) -> None:
+async def _gone(bus: Bus, registry: Registry, deployment: str) -> None:
     """Waits until no worker of the deployment is alive; its node ends it in bounded time."""
+    await _ended(bus, registry, deployment)
+    # What they said last would be shown until it expires.
+    for worker in list(registry.workers.values()):
+        if worker.deployment == deployment:
+            await Bucket(bus, BUCKET_WORKERS).delete(worker.id)
+
+
+async def _ended(bus: Bus, registry: Registry, deployment: str) -> None:
     end = time.monotonic() + _GONE_S
     while time.monotonic() < end:
         alive = [
             w for w in registry.workers.values() if w.deployment == deployment and w.state not in ("gone", "failed")
         ]
-        if not alive:
+        # A worker that has just been started has a claim and no record yet.
+        if not alive and not await _claimed(bus, registry, deployment):
             return
         await registry.changed(0.5)
 
@@ -432,6 +445,15 @@ async def _bury_one(bus: Bus, model: str, subject: str, original: bytes) -> None
     # No worker has this run: a first frame under a name of our own makes it the one that counts.
     frame = error.failed(id=request.id, run=run_name(request.attempt, 1, "undeploy"), seq=0)
     await bus.publish(response_subject(publisher_of(request.id), "undeploy"), encode([frame]))
+
+
+async def _claimed(bus: Bus, registry: Registry, deployment: str) -> bool:
+    """Whether a node that lives still has a replica; the claims of a dead one expire by themselves."""
+    prefix = deployment_key(deployment) + "."
+    for key, entry in (await Bucket(bus, BUCKET_CLAIMS).all()).items():
+        if key.startswith(prefix) and not entry.deleted and decode_claim(entry.value).node in registry.nodes:
+            return True
+    return False
 
 
 async def _forget_failures(bus: Bus, deployment: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -17,6 +18,10 @@ COMMANDS = {
     "deploy": "models", "undeploy": "models", "models": "models", "stat": "models", "logs": "models",
     "query": "ask", "serve": "gateway", "version": "gateway", "completion": "gateway",
 }  # fmt: skip
+
+
+#: Ends a list of values, as a long flag does.
+_SHORT_FLAG = re.compile(r"-[a-zA-Z]")
 
 
 def expand(arguments: Sequence[str], many: frozenset[str]) -> Iterator[str]:
@@ -35,7 +40,7 @@ def expand(arguments: Sequence[str], many: frozenset[str]) -> Iterator[str]:
             repeating = flag if flag in many else ""
             if not repeating or equals:
                 yield flag + equals + value
-        elif repeating:
+        elif repeating and not _SHORT_FLAG.fullmatch(argument):
             yield repeating
             yield argument
         else:
@@ -99,9 +104,8 @@ def main() -> None:
     )
 
     try:
-        cli(prog_name="modelbus", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        # Without standalone mode click gives back the status of a command that ended itself.
+        sys.exit(cli(prog_name="modelbus", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -62,7 +62,7 @@ def deploy(address: str, creds: str, as_json: bool, **given: Any) -> None:
 
 
 async def _deploy(address: str, creds: str, spec: DeploySpec) -> deploying.DeployResult:
-    async with session(address, creds) as now:
+    async with session(address, creds, declare=True) as now:
         return await deploying.deploy(now.bus, now.registry, now.publisher, spec, progress)
 
 

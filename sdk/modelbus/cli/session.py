@@ -13,6 +13,7 @@ from modelbus_broker.connection import Bus
 from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 from modelbus_broker.settings import bus_settings
+from modelbus_broker.topology import declare_bus
 
 T = TypeVar("T")
 
@@ -26,14 +27,16 @@ class Session(msgspec.Struct, frozen=True):
 
 
 @asynccontextmanager
-async def session(address: str = "", creds: str = "") -> AsyncIterator[Session]:
-    """Connects for the time of one command.
+async def session(address: str = "", creds: str = "", *, declare: bool = False) -> AsyncIterator[Session]:
+    """Connects for the time of one command; with ``declare`` it makes the streams that a fresh bus lacks.
 
     Raises:
         BusUnavailable: there is no bus, or nothing is declared on it.
         AuthenticationFailed: it refuses the credentials.
     """
     async with await Bus.connect(bus_settings(address, creds), name="modelbus command") as bus:
+        if declare:
+            await declare_bus(bus)
         registry = Registry(bus)
         publisher = Publisher(bus, registry, kind="sdk")
         try:
