@@ -1,0 +1,165 @@
+"""The gateway as processes: exit codes, several on one port, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+from tests.gateway.conftest import free_port
+from tests.helpers.cluster import Cluster
+
+CHAT = "/v1/chat/completions"
+HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}
+KEY = "a-key-nobody-may-see"
+
+
+class GatewayProcess:
+    """One ``python -m modelbus_gateway``."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "modelbus_gateway", "--port", str(self.port), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+
+    async def ready(self) -> None:
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 30)
+        assert self.url in line
+
+    async def ended(self) -> tuple[int, str]:
+        """Exit status and what it wrote on standard error."""
+        _, words = await asyncio.to_thread(self.process.communicate, timeout=30)
+        return self.process.returncode, words
+
+    def children(self) -> list[psutil.Process]:
+        return list(psutil.Process(self.process.pid).children(recursive=True))
+
+
+Start = Callable[..., GatewayProcess]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[GatewayProcess] = []
+
+    def start_one(*arguments: str, environment: dict[str, str] | None = None) -> GatewayProcess:
+        started.append(GatewayProcess(*arguments, environment=environment))
+        return started[-1]
+
+    yield start_one
+    for gateway in started:
+        if gateway.process.poll() is None:
+            gateway.process.kill()
+        gateway.process.communicate()
+
+
+async def gone(processes: list[psutil.Process]) -> None:
+    _, alive = await asyncio.to_thread(psutil.wait_procs, processes, timeout=15)
+    assert alive == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_a_signal_ends_it_and_leaves_nothing(
+    cluster: Cluster, start: Start, number: signal.Signals, processes: str
+) -> None:
+    gateway = start("--address", cluster.server.url, "--processes", processes)
+    await gateway.ready()
+    children = gateway.children()
+    gateway.process.send_signal(number)
+    status, words = await gateway.ended()
+    assert status == 0, words
+    await gone(children)
+
+
+async def test_running_requests_end_before_it_does(cluster: Cluster, start: Start, http: aiohttp.ClientSession) -> None:
+    await cluster.deploy_echo(delay_ms="1500")
+    gateway = start("--address", cluster.server.url)
+    await gateway.ready()
+    asking = asyncio.create_task(http.post(gateway.url + CHAT, json=HELLO).__aenter__())
+    await asyncio.sleep(0.5)
+    gateway.process.terminate()
+    async with await asking as response:
+        assert response.status == 200
+    assert (await gateway.ended())[0] == 0
+
+
+async def test_wrong_settings_end_it_with_2_and_no_bus_with_3(start: Start) -> None:
+    status, words = await start("--address", "nats://127.0.0.1:4222", "--port", "80000").ended()
+    assert (status, "1 to 65535" in words) == (2, True)
+    status, words = await start("--address", f"nats://127.0.0.1:{free_port()}").ended()
+    assert (status, words.startswith("Error: ")) == (3, True)
+    status, words = await start("--address", f"nats://127.0.0.1:{free_port()}", "--processes", "2").ended()
+    assert status == 3
+
+
+async def test_a_port_that_is_taken_ends_it_with_2(cluster: Cluster, start: Start) -> None:
+    first = start("--address", cluster.server.url)
+    await first.ready()
+    for processes in ("1", "2"):
+        second = start("--address", cluster.server.url, "--port", str(first.port), "--processes", processes)
+        status, words = await second.ended()
+        assert (status, str(first.port) in words) == (2, True)
+
+
+async def test_a_crashed_process_is_replaced_and_all_count_together(
+    cluster: Cluster, start: Start, http: aiohttp.ClientSession
+) -> None:
+    await cluster.deploy_echo()
+    gateway = start("--address", cluster.server.url, "--processes", "2")
+    await gateway.ready()
+    before = gateway.children()
+    assert len(before) == 2
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            async with aiohttp.ClientSession() as session, session.post(gateway.url + CHAT, json=HELLO) as response:
+                assert response.status == 200
+
+    await ask(10)
+    before[0].kill()
+    await gone(before[:1])
+    async with asyncio.timeout(30):
+        while len({child.pid for child in gateway.children()} - {before[0].pid}) < 2:
+            await asyncio.sleep(0.1)
+    await ask(10)
+    async with http.get(gateway.url + "/metrics") as response:
+        text = await response.text()
+    assert f'modelbus_gateway_requests_total{{model="echo",route="{CHAT}",status="200"}} 20.0' in text
+
+
+async def test_processes_do_not_outlive_their_parent(cluster: Cluster, start: Start) -> None:
+    gateway = start("--address", cluster.server.url, "--processes", "2")
+    await gateway.ready()
+    children = gateway.children()
+    gateway.process.kill()
+    await gone(children)
+
+
+async def test_the_key_reaches_all_processes_and_no_argument_list(
+    cluster: Cluster, start: Start, http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(KEY)
+    gateway = start("--address", cluster.server.url, "--processes", "2", "--api-key", f"file:{tmp_path / 'key'}")
+    await gateway.ready()
+    for process in (psutil.Process(gateway.process.pid), *gateway.children()):
+        assert KEY not in " ".join(process.cmdline())
+    async with http.get(gateway.url + "/v1/models") as response:
+        assert response.status == 401
+    async with http.get(gateway.url + "/v1/models", headers={"Authorization": f"Bearer {KEY}"}) as response:
+        assert response.status == 200
+    gateway.process.terminate()
+    _, words = await gateway.ended()
+    assert KEY not in words
