@@ -46,7 +46,7 @@ docs: $(MADE) ## write the generated parts of docs/ again (the command line's he
 	@$(BIN)/python scripts/docs.py
 
 lock: $(MADE) ## write constraints/ from the environments as they are now
-	@scripts/lock.sh
+	@$(BIN)/python scripts/lock.py
 
 clean: ## remove environments, caches and build output
 	rm -rf .venv .venv-openai2 .venv-litellm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,14 +1,22 @@
-"""Writes docs/cli.md from the command line's own help; a test compares the two."""
+"""Writes what is generated in docs/ again: `make docs`. With --check it only says whether all of it is up to date.
+
+docs/cli.md comes from the command line's own help, the tables in docs/structure.md from the modules' docstrings.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 from modelbus.cli import cli
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("broker/modelbus_broker", "sdk/modelbus", "workers/modelbus_workers", "gateway/modelbus_gateway")
 
 _HEAD = """# The command line
 
@@ -29,6 +37,23 @@ piped or with `--json`; progress and errors go to standard error.
 """
 
 
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = [(path, text) for path, text in generated() if path.read_text() != text]
+    for path, text in stale:
+        if not check:
+            path.write_text(text)
+        print(f"{path.relative_to(ROOT)} {'is out of date: make docs' if check else 'is written again'}")
+    return 1 if stale and check else 0
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """The documents with generated parts, as they should be."""
+    yield ROOT / "docs" / "cli.md", command_line_page()
+    structure = ROOT / "docs" / "structure.md"
+    yield structure, replace(structure.read_text(), "modules", "\n\n".join(module_table(root) for root in PACKAGES))
+
+
 def command_line_page() -> str:
     """docs/cli.md as it should be."""
     # The width of the help would be the terminal's.
@@ -43,5 +68,33 @@ def command_line_page() -> str:
     return "\n".join(parts)
 
 
+def replace(text: str, name: str, part: str) -> str:
+    """The text with another part between the comments of that name."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"the comments {begin} and {end} must be there once each")
+    return text[: text.index(begin) + len(begin)] + f"\n{part}\n" + text[text.index(end) :]
+
+
+def module_table(root: str) -> str:
+    """One line per module: the first sentence of its docstring."""
+    folder = ROOT / root
+    lines = [f"### {root}", "", "| module | what it is for |", "|---|---|"]
+    for path in sorted(folder.rglob("*.py"), key=lambda path: (path.parent, path.name)):
+        name = path.relative_to(folder).as_posix()
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if name == "__init__.py" or (not docstring and path.name == "__init__.py"):
+            continue
+        lines.append(f"| {name} | {remark(docstring)} |")
+    return "\n".join(lines)
+
+
+def remark(docstring: str) -> str:
+    """The first sentence."""
+    sentence = " ".join(docstring.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])\s(?=[A-Z`])", sentence)[0]
+    return sentence.replace("``", "`").replace("|", "\\|").rstrip(".")
+
+
 if __name__ == "__main__":
-    TARGET.write_text(command_line_page())
+    sys.exit(main())
