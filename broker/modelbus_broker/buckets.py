@@ -209,7 +209,10 @@ class BucketReader(Generic[T]):
                 self._drop(key)
         for key, entry in entries.items():
             if not entry.deleted and self._seen.get(key, 0) < began:
+                seen = self._seen.get(key)
                 self._take(key, entry.value)
+                if seen is not None and self._trust:
+                    self._seen[key] = seen  # reading it again is not a sign of life
 
     def _on_message(self, msg: Msg) -> None:
         key = msg.subject.removeprefix(f"$KV.{self.bucket.name}.")

@@ -359,6 +359,8 @@ class Bus:
             BusUnavailable: it does not answer.
         """
         try:
+            # The first PING overtakes what still lies in the client's buffer; the second comes after it.
+            await self._nc.flush(2)
             await self._nc.flush(2)
         except nats.errors.Error as error:
             raise BusUnavailable(f"the bus does not answer: {error}") from error

@@ -450,8 +450,6 @@ class Publisher:
 
     async def _republish(self, call: Call, request: Request, accepted: Accepted) -> None:
         try:
-            if request.compat:
-                await topology.declare_model(self.bus, call.model, compats=[request.compat])
             payload = await self._encode(request)
             await self._publish(call, names.resume_subject(call.model, request.compat), payload, request)
         except ModelBusError as error:

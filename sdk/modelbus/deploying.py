@@ -123,6 +123,9 @@ async def deploy(
         async with _written(bus, registry, wish) as previous:
             async with asyncio.timeout(spec.timeout_s):
                 workers = await _ready(registry, wish, replaces=previous is not None, on_progress=on_progress)
+                # Where an answer can go on after its worker is lost; workers and clients may not make consumers.
+                compats = sorted({worker.compat for worker in workers if worker.compat})
+                await declare_model(bus, spec.model, shares=spec.shares, compats=compats)
                 on_progress("sending one request through the queue")
                 await _try_request(publisher, wish, workers)
     except TimeoutError as error:
