@@ -28,7 +28,6 @@ test: $(MADE) ## all tests, with real servers and processes; one file: make test
 
 lint: $(MADE) ## ruff, mypy --strict and the direction of imports
 	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/ruff format --check --quiet $(SOURCES) || echo "(make format would rewrite some files)"
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
