@@ -101,6 +101,8 @@ class Cluster:
                 if time.monotonic() > end:
                     raise TimeoutError("\n".join(worker.log() for worker in self.workers))
                 await registry.changed(1.0)
+            compats = {worker.compat for worker in registry.workers_of(model) if worker.compat}
+            await declare_model(self.bus, model, compats=sorted(compats))
         finally:
             await registry.close()
 

@@ -9,7 +9,7 @@ import pytest
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, ModelNotFound, ModelUnavailable
-from modelbus_broker.messages import Chat, ChatMessage, Deployment, Delta, Done, Embedding, Sampling, Vectors
+from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Embedding, Sampling, Vectors
 from modelbus_broker.publisher import CallOptions
 from modelbus_broker.topology import queued, running
 

@@ -15,7 +15,7 @@ from collections import deque
 
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable
+from modelbus_broker.errors import BusUnavailable, StreamCut
 from modelbus_broker.messages import Delta, Frame, Vectors, encode
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,12 @@ class Ring:
 def _size(frame: Frame) -> int:
     """About how many bytes a frame takes."""
     if type(frame) is Delta:
-        return 64 + 3 * len(frame.text) + 3 * len(frame.token_ids) + 100 * len(frame.logprobs)
+        return (
+            64
+            + len(frame.text) * (1 if frame.text.isascii() else 3)
+            + 3 * len(frame.token_ids)
+            + 100 * len(frame.logprobs)
+        )
     if type(frame) is Vectors:
         return 64 + sum(map(len, frame.data))
     return 128
@@ -124,6 +129,10 @@ class Outbox:
         ring = self.rings.get(names.run_key(request_id, run))
         if ring is not None:
             frames = ring.since(seq)
+            if seq < ring.first:
+                # The reader was too slow for the ring: better an end than a wait for what will never come.
+                error = StreamCut(f"the reader was too slow: frames before {ring.first} are no longer kept")
+                frames = [error.failed(id=request_id, run=run, seq=seq)]
             if frames:
                 self._ready.setdefault(ring.publisher, []).extend(frames)
                 self._wake.set()

@@ -98,7 +98,8 @@ class TransformersEngine(Engine):
         return Capabilities(
             tasks=["chat", "completion"] if template else ["completion"],
             can_continue=True,
-            tools="tools" in str(template),
+            # Templates may take tools, but what the model then writes is not parsed into calls yet.
+            tools=False,
             logprobs=True,
             n=True,
             seed=True,
@@ -106,7 +107,11 @@ class TransformersEngine(Engine):
             logit_bias=True,
             token_prompts=True,
             context_length=self._text.context_length,
-        )
+            extra_fields=[
+                "top_k", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "ignore_eos",
+                "chat_template_kwargs", "echo",
+            ],
+        )  # fmt: skip
 
     @property
     def slots(self) -> int:
