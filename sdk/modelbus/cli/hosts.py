@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -218,16 +216,22 @@ def _end(pid: int, timeout_s: float = 60.0) -> None:
     """SIGTERM, and SIGKILL for one that does not end."""
     try:
         process = psutil.Process(pid)
-        process.send_signal(signal.SIGTERM)
-        if process.ppid() == os.getpid():
-            with contextlib.suppress(ChildProcessError, psutil.TimeoutExpired):
-                process.wait(timeout_s)
-        gone, left = psutil.wait_procs([process], timeout=timeout_s)
-        for stubborn in left:
-            stubborn.kill()
-        psutil.wait_procs(left, timeout=5)
+        process.terminate()
+        if not _ended(process, timeout_s):
+            process.kill()
+            _ended(process, 5.0)
     except psutil.NoSuchProcess:
         return
+
+
+def _ended(process: psutil.Process, timeout_s: float) -> bool:
+    """Waits; a zombie has ended, however long its parent takes to notice."""
+    end = time.monotonic() + timeout_s
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @click.command(cls=SeedCommand)
