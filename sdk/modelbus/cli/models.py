@@ -13,7 +13,7 @@ from modelbus_broker.connection import Msg
 from modelbus_broker.errors import ModelNotFound, NotFound
 
 from .. import deploying
-from ..spec import DeploySpec, parse_params
+from ..spec import DeploySpec, engine_choice, parse_params
 from ..stat import ModelInfo, model_info, stat_of
 from .main import SeedCommand, bus_options, json_option
 from .output import print_json, print_table, progress, wants_json
@@ -50,6 +50,7 @@ def deploy(address: str, creds: str, as_json: bool, **given: Any) -> None:
     spec = DeploySpec(
         **given | {"infer_params": parse_params(given["infer_params"]), "require": parse_params(given["require"])}
     )
+    engine_choice(spec)  # what cannot be meant is refused before anything is connected
     result = run(_deploy(address, creds, spec))
     if wants_json(as_json):
         print_json(result)
