@@ -216,6 +216,31 @@ def test_a_deploy_without_room_says_what_is_short(head: Path) -> None:
         assert asyncio.run(trace_of("broken")) == [], flags
 
 
+def test_an_engine_whose_library_is_missing_says_which_extra_brings_it(
+    isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An engine of a distribution of its own, as somebody else would ship one.
+    (tmp_path / "heavy-1.0.dist-info").mkdir()
+    (tmp_path / "heavy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: heavy\nVersion: 1.0\n")
+    entry_point = "[modelbus.engines]\nheavy = heavy_engine:HeavyEngine\n"
+    (tmp_path / "heavy-1.0.dist-info" / "entry_points.txt").write_text(entry_point)
+    (tmp_path / "heavy_engine.py").write_text(
+        "from modelbus_workers.engines.echo import EchoEngine\n"
+        "class HeavyEngine(EchoEngine):\n"
+        "    name, extra, needs = 'heavy', 'heavy', ('a_library_that_nobody_has',)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    modelbus_ok("start", "--head")
+    try:
+        ran = modelbus("deploy", "--model", "broken", "--pretrained_model_type", "heavy")
+
+        assert ran.code == 1
+        assert "a_library_that_nobody_has" in ran.err and "modelbus[heavy]" in ran.err
+        assert asyncio.run(trace_of("broken")) == []
+    finally:
+        modelbus("stop")
+
+
 def test_a_provider_s_own_words_about_a_wrong_key_or_model_reach_the_user(head: Path) -> None:
     modelbus_ok("deploy", *ECHO, "--model", "upstream")
     with serving("--api-key", "sk-right-key") as url:
