@@ -41,6 +41,7 @@ class Call:
         self.accepted: Accepted | None = None
         self.engine_started = False
         self.last_alive = self.started  #: when its worker last listed it
+        self.promised = -1  #: the last sequence number that the last alive message named
         self.missing = 0  #: alive messages in a row that did not list it
         self.stream = ""  #: where the message lies
         self.stream_seq = 0
@@ -99,11 +100,12 @@ class Call:
         """Keeps what another worker would need to go on, where there is one that could."""
         if self.accepted is None or not self.accepted.compat:
             return
-        while len(self.token_ids) <= delta.choice:
+        choice = delta.choice
+        while len(self.chars) <= choice:
             self.token_ids.append([])
             self.chars.append(0)
-        self.token_ids[delta.choice].extend(delta.token_ids)
-        self.chars[delta.choice] += len(delta.text)
+        self.token_ids[choice] += delta.token_ids
+        self.chars[choice] += len(delta.text)
 
     def fail(self, error: ModelBusError) -> None:
         """Ends the call with an error; frames that came before it are still read first."""

@@ -346,10 +346,12 @@ class Publisher:
                     stop.append(key)
                     continue
                 call.last_alive, call.missing = now, 0
-                if state.seq >= call.reception.next_seq and not call.overflowed:
-                    # The last frames of a run leave no gap when they are lost.
+                if call.promised >= call.reception.next_seq and not call.overflowed:
+                    # Said to be sent in the last alive message and still not here: the last frames of a run
+                    # leave no gap when they are lost. (Those that this one names may still be on their way.)
                     call.reception.run = state.run
                     self.ask_resend(call, alive.worker)
+                call.promised = state.seq
             elif state.state == "ended":
                 confirmed.append(key)
             else:
@@ -422,7 +424,7 @@ class Publisher:
         if accepted is None:
             return
         attempt = call.reception.raise_fence()
-        call.accepted, call.engine_started, call.missing = None, False, 0
+        call.accepted, call.engine_started, call.missing, call.promised = None, False, 0, -1
         call.last_alive = time.monotonic()
         goes_on = bool(call.delivered and accepted.compat and self._compat_alive(call.model, accepted))
         log.warning("request %s: attempt %d is lost: %s", call.id, attempt - 1, why)

@@ -53,6 +53,7 @@ def count_tokens(text: str) -> int:
     return sum(1 for _ in _PIECE.finditer(text))
 
 
+@lru_cache(maxsize=65_536)
 def token_id(piece: str) -> int:
     """The id of a token: the same in every process."""
     return crc32(piece.encode("utf-8", "surrogatepass")) & 0x7FFFFFFF

@@ -115,7 +115,7 @@ class EchoEngine(Engine):
 
     async def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         fails = self._fails(run)
-        await self._pause(self._now() + self.settings.delay_ms / 1000)
+        await self._pause(asyncio.get_running_loop().time() + self.settings.delay_ms / 1000)
         await self._misbehave("\n".join(text for text in task.input if isinstance(text, str)), fails, 0)
         dimensions = task.dimensions or self.settings.dimensions
         self.steps += 1
@@ -135,7 +135,8 @@ class EchoEngine(Engine):
         """Yields the choices of all texts side by side, token by token or at once."""
         settings = self.settings
         fails = self._fails(run)
-        began = self._now()
+        now = asyncio.get_running_loop().time
+        began = now()
         prompt_tokens = run.prompt_tokens or prompt_tokens
         yield Prompt(prompt_tokens)
         choices = [
@@ -156,7 +157,7 @@ class EchoEngine(Engine):
         done = 0
         open_choices = choices
         while open_choices:
-            if due > self._now():
+            if due > now():
                 await self._pause(due)
             elif done:
                 await asyncio.sleep(0)  # a long answer must not keep the event loop from others
@@ -198,13 +199,10 @@ class EchoEngine(Engine):
 
     async def _pause(self, until: float) -> None:
         """Waits until this event-loop time; a time that has passed costs nothing."""
-        while (left := until - self._now()) > 0:
+        now = asyncio.get_running_loop().time
+        while (left := until - now()) > 0:
             await self._clock.at(until if left <= _STEP_S else until - left + _STEP_S)
             self.steps += 1
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
 
 
 class _Choice:
