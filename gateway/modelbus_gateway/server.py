@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
+from modelbus_broker import garbage
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import ConfigurationError
 
@@ -65,6 +66,7 @@ async def serve(settings: GatewaySettings, ready: Callable[[], None], *, reuse_p
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with listening(settings, reuse_port=reuse_port):
+        garbage.settle()
         ready()
         await stop.wait()
         serving = asyncio.current_task()

@@ -14,42 +14,33 @@ import signal
 import socket
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import Literal
 
 import msgspec
-from modelbus_broker import names
-from modelbus_broker.blobs import get_blob
+from modelbus_broker import garbage, names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus, Msg
-from modelbus_broker.errors import BusUnavailable, Conflict, DeadlineExceeded, ModelBusError, PoisonRequest, WorkerLost
+from modelbus_broker.errors import BusUnavailable, ModelBusError, WorkerLost
 from modelbus_broker.messages import (
-    Accepted,
     Adopt,
     Capabilities,
-    DeadLetter,
     Go,
     LetGo,
     Probe,
-    Request,
     Resend,
     Stop,
-    Task,
-    Usage,
     WorkerRecord,
     decode_control,
-    decode_request,
-    decode_task,
     encode,
 )
-from modelbus_broker.pulling import Pulled, Puller
+from modelbus_broker.pulling import Puller
 from modelbus_broker.topology import consumers_of, declare_memory
 
-from .admission import Decision, decide
 from .engines.base import Engine, EngineConfig, engine_class
-from .execution import Execution, execute, usage_event
+from .execution import Execution
+from .intake import Intake
 from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
 from .ledger import Ledger
 from .liveness import Liveness
@@ -61,9 +52,7 @@ WorkerState = Literal["starting", "ok", "failed", "draining"]
 
 HEARTBEAT_S = 3.0
 IN_PROGRESS_S = 3.0
-GO_WAIT_S = 0.3
 DRAIN_S = 25.0
-ENDED_KEPT = 20_000  #: how many answered attempts a worker remembers
 
 
 class Worker:
@@ -75,22 +64,16 @@ class Worker:
         self.deployment = job.deployment
         self.bus = bus
         self.engine = engine
-        self.compat = ""
-        self.slots = 0
         self.outbox = Outbox(bus, self.id)
         self.ledger = Ledger(bus, events=job.usage_events)
+        self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
-        self.executions: dict[str, Execution] = {}  #: by run key: held or running
+        self.executions = self.intake.executions
         self.stopping = asyncio.Event()
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
         self._words = ""
-        self._runs = Bucket(bus, names.BUCKET_RUNS)
-        self._ended: OrderedDict[str, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._clock_offset_ms = 0.0
-        self._total = self._failed = 0
-        self._last_work_ms = 0
         self._started_ms = time.time_ns() // 1_000_000
         self._last_beat = 0.0
 
@@ -143,21 +126,24 @@ class Worker:
         await self.engine.self_test()
 
     async def _start_serving(self) -> list[asyncio.Task[None]]:
-        self.slots = self.deployment.slots or self.engine.slots
-        self.compat = self.engine.compat()
+        intake = self.intake
+        intake.slots = self.deployment.slots or self.engine.slots
+        intake.compat = self.engine.compat()
         await self._read_server_clock()
         self.outbox.start()
         self.ledger.start()
         await self.bus.subscribe(names.control_subject(self.id), self._on_control)
         self.bus.on_reconnect(self._on_reconnect)
-        compats = [self.compat] if self.compat else []
+        compats = [intake.compat] if intake.compat else []
         self._puller = Puller(
             self.bus,
             consumers_of(self.deployment.model, self.deployment.shares, compats),
-            free=self.free,
-            take=self._take,
+            free=intake.free,
+            take=intake.take,
             priority=self.deployment.priority,
         )
+        intake.wake = self._puller.wake
+        garbage.settle()
         await self.set_state("ok")
         await self._puller.start()
         return [
@@ -168,6 +154,7 @@ class Worker:
 
     async def _drain(self) -> None:
         """Takes nothing new, finishes what runs, gives the rest back."""
+        self.intake.closed = True
         await self.set_state("draining")
         assert self._puller is not None
         await self._puller.stop()
@@ -216,14 +203,14 @@ class Worker:
             node=self.job.node,
             engine=self.deployment.engine,
             state=self._state,
-            slots=self.slots,
+            slots=self.intake.slots,
             busy=len(self.executions),
-            compat=self.compat,
+            compat=self.intake.compat,
             capabilities=self.engine.capabilities() if serving else Capabilities(),
             words=self._words,
-            total_requests=self._total,
-            failed_requests=self._failed,
-            last_work_ms=self._last_work_ms,
+            total_requests=self.intake.total,
+            failed_requests=self.intake.failed,
+            last_work_ms=self.intake.last_work_ms,
             started_ms=self._started_ms,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -258,7 +245,7 @@ class Worker:
         sent = time.time_ns() / 1e6
         info = await self.bus.js_request(f"STREAM.INFO.{names.STREAM_HI}")
         server_ms = msgspec.convert(info["ts"], type=datetime).timestamp() * 1000
-        self._clock_offset_ms = server_ms - (sent + time.time_ns() / 1e6) / 2
+        self.intake.clock_offset_ms = server_ms - (sent + time.time_ns() / 1e6) / 2
 
     async def _keep_clock(self) -> None:
         while True:
@@ -266,199 +253,6 @@ class Worker:
             with contextlib.suppress(ModelBusError):
                 await self._read_server_clock()
             self.outbox.sweep()
-
-    # Taking requests
-
-    def free(self) -> int:
-        """Slots that a request could start in now."""
-        return 0 if self.stopping.is_set() else self.slots - len(self.executions)
-
-    def _take(self, pulled: Pulled) -> None:
-        """Gets each pulled message, on the event loop; nothing here waits."""
-        try:
-            request = decode_request(pulled.data)
-        except msgspec.MsgspecError as error:
-            self._spawn(self._bury(pulled, None, Decision("dead", f"it cannot be decoded: {error}")))
-            return
-        if pulled.delivery > 1:
-            # Rare, and what has become of the earlier deliveries is read from a bucket first.
-            self._spawn(self._take_again(request, pulled))
-        else:
-            self._judge(request, pulled, 0)
-
-    async def _take_again(self, request: Request, pulled: Pulled) -> None:
-        self._judge(request, pulled, await self._read_starts(request))
-
-    def _judge(self, request: Request, pulled: Pulled, starts: int) -> None:
-        now_ms = time.time_ns() / 1e6 + self._clock_offset_ms
-        decision = decide(
-            request,
-            now_ms=now_ms,
-            stored_ms=pulled.stored_ms,
-            starts=starts,
-            revision=self.deployment.revision,
-            compat=self.compat,
-            free=self.free(),
-            ended=names.message_id(request.id, request.attempt) in self._ended,
-        )
-        match decision.action:
-            case "run":
-                left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
-                self._accept(request, pulled, asyncio.get_running_loop().time() + left_s)
-            case "give_back":
-                # A delay where this very worker would get it again at once.
-                body = b"-NAK" if decision.why == "no slot is free" else b'-NAK {"delay": 200000000}'
-                self._spawn(self._answer(pulled, body))
-            case "done":
-                self._spawn(self._answer(pulled, b"+ACK"))
-            case "expire":
-                error = DeadlineExceeded(f"the request expired in the queue: {decision.why}")
-                self._spawn(self._refuse(request, pulled, error))
-            case "dead":
-                self._spawn(self._bury(pulled, request, decision))
-
-    def _accept(self, request: Request, pulled: Pulled, deadline: float) -> None:
-        run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run)
-        execution = Execution(request, pulled, run, ring, deadline)
-        self.executions[names.run_key(request.id, run)] = execution
-        self.outbox.send(
-            ring,
-            Accepted(
-                id=request.id,
-                run=run,
-                seq=execution.next_seq(),
-                ack_subject=pulled.ack_subject,
-                position=sum(map(len, request.output_token_ids)),
-                compat=self.compat,
-                delivery=pulled.delivery,
-            ),
-        )
-        execution.task = asyncio.create_task(self._run(execution))
-
-    async def _run(self, execution: Execution) -> None:
-        usage, outcome, code = Usage(), "cancelled", "request_cancelled"
-        try:
-            if execution.pulled.delivery > 1 and not await self._may_start(execution):
-                return
-            try:
-                task = await self._task_of(execution.request)
-            except ModelBusError as error:
-                self._end_with(execution, error)
-                outcome, code = "failed", error.code
-                return
-            usage, outcome, code = await execute(execution, task, self.engine, self.outbox)
-        except asyncio.CancelledError:
-            # Cancelled while it was held: the engine never saw it.
-            if execution.cancelled and execution.counts:
-                self._end_with(execution, ModelBusError(execution.stop_reason))
-        finally:
-            self._close(execution, usage, outcome, code)
-
-    def _end_with(self, execution: Execution, error: ModelBusError) -> None:
-        frame = error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
-        self.outbox.send(execution.ring, frame)
-
-    def _close(self, execution: Execution, usage: Usage, outcome: str, code: str) -> None:
-        """Frees the slot, books the usage and lets the message go."""
-        request, pulled = execution.request, execution.pulled
-        execution.state = "ended"
-        self.executions.pop(names.run_key(request.id, execution.run), None)
-        self.outbox.end(execution.ring)
-        self._total += 1
-        self._failed += outcome == "failed"
-        self._last_work_ms = time.time_ns() // 1_000_000
-        if self._puller is not None:
-            self._puller.wake()
-        queue_ms = max(0.0, self._started_ms_of(execution) + self._clock_offset_ms - pulled.stored_ms)
-        event = usage_event(
-            execution, deployment=self.deployment.name, usage=usage, outcome=outcome, code=code, queue_ms=queue_ms
-        )
-        if execution.counts:
-            self._ended[names.message_id(request.id, request.attempt)] = None
-            if len(self._ended) > ENDED_KEPT:
-                self._ended.popitem(last=False)
-        # A run that does not count leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if execution.counts else "")
-
-    def _started_ms_of(self, execution: Execution) -> float:
-        return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
-
-    async def _task_of(self, request: Request) -> Task:
-        if request.task is not None:
-            return request.task
-        if request.blob is None:
-            raise PoisonRequest("the request has no task")
-        return decode_task(await get_blob(self.bus, request.blob))
-
-    # Deliveries that are not the first
-
-    async def _read_starts(self, request: Request) -> int:
-        try:
-            entry = await self._runs.get(request.id)
-        except ModelBusError:
-            return 0
-        return int(entry.value) if entry is not None and not entry.deleted else 0
-
-    async def _may_start(self, execution: Execution) -> bool:
-        """Asks the publisher whether this run shall count, and counts the start."""
-        execution.go = asyncio.get_running_loop().create_future()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GO_WAIT_S):
-                if not await execution.go:
-                    return False
-        for _ in range(5):
-            try:
-                entry = await self._runs.get(execution.request.id)
-                starts = int(entry.value) if entry is not None and not entry.deleted else 0
-                await self._runs.update(execution.request.id, str(starts + 1).encode(), entry.seq if entry else 0)
-                return True
-            except Conflict:
-                continue
-            except ModelBusError as error:
-                log.warning("the start of %s cannot be counted: %s", execution.request.id, error.message)
-                return True
-        return True
-
-    # Ends without a run
-
-    async def _answer(self, pulled: Pulled, body: bytes) -> None:
-        with contextlib.suppress(BusUnavailable):
-            await self.bus.publish(pulled.ack_subject, body)
-
-    async def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
-        """Ends a request that was not run: the client hears why, then the message goes."""
-        run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run)
-        accepted = Accepted(id=request.id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
-        self.outbox.send(ring, accepted)
-        self.outbox.send(ring, error.failed(id=request.id, run=run, seq=1))
-        self.outbox.end(ring)
-        await self._answer(pulled, f"+TERM {error.code}".encode())
-
-    async def _bury(self, pulled: Pulled, request: Request | None, decision: Decision) -> None:
-        """Stores a dead letter, and only then tells the client and removes the message."""
-        letter = DeadLetter(
-            id=request.id if request else "",
-            model=request.model if request else self.deployment.model,
-            reason="poison_request" if request else "not_decodable",
-            detail=decision.why,
-            crashes=request.crashes if request else 0,
-            original=pulled.data,
-            subject=pulled.subject,
-            at_ms=time.time_ns() // 1_000_000,
-        )
-        try:
-            await self.bus.js_publish(
-                names.dead_subject(letter.model), encode(letter), msg_id=f"dead.{pulled.stream}.{pulled.seq}"
-            )
-        except ModelBusError as error:
-            log.warning("a dead letter cannot be stored, its message stays: %s", error.message)
-            return
-        if request is not None:
-            await self._refuse(request, pulled, PoisonRequest(f"the request was given up: {decision.why}"))
-        else:
-            await self._answer(pulled, b"+TERM not decodable")
 
     # Control
 
