@@ -170,19 +170,19 @@ class Worker:
             await self.bus.flush()
 
     async def _hand_back(self, execution: Execution) -> None:
-        """A request that outlived the drain: another worker gets it if its client has seen nothing yet."""
-        seen = execution.state == "running"
+        """A request that outlived the drain: another worker gets it if the engine had not started, else it fails."""
+        started = execution.state == "running"
         execution.counts = False
         execution.stop("the worker was stopped")
         if execution.task is not None:
             await asyncio.gather(execution.task, return_exceptions=True)
         error = WorkerLost("the worker was stopped before the answer was complete")
-        if seen:
+        if started:
             self.outbox.send(
                 execution.ring, error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
             )
         with contextlib.suppress(ModelBusError):
-            await self.bus.publish(execution.pulled.ack_subject, b"+TERM worker stopped" if seen else b"-NAK")
+            await self.bus.publish(execution.pulled.ack_subject, b"+TERM worker stopped" if started else b"-NAK")
 
     # The record
 
