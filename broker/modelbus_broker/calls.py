@@ -8,15 +8,21 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .errors import ModelBusError, RequestCancelled, error_of
+from .errors import ModelBusError, RequestCancelled
+from .failover import Progress
 from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
 from .reception import Reception, Verdict
 
 if TYPE_CHECKING:
     from .publisher import Publisher
 
+
+class Restarted:
+    """The answer begins anew: what a reader of a plain call has got so far is void."""
+
+
 #: What a reader of a call gets.
-Answer = Started | Delta | Vectors | Done
+Answer = Started | Delta | Vectors | Done | Restarted
 
 #: Bytes of frames that wait for a slow reader; what comes beyond is dropped and read again from the worker's ring.
 WAITING_LIMIT = 1 << 20
@@ -52,6 +58,7 @@ class Call:
         self.token_ids: list[list[int]] = []
         self.chars: list[int] = []
         self.delivered = False  #: some output has come
+        self.shown = False  #: and the reader has got some of it
         self._frames: list[Answer] = []
         self._bytes = 0
         self._error: ModelBusError | None = None
@@ -80,7 +87,7 @@ class Call:
                 self.missing = 0
                 return
             case Failed():
-                self.fail(error_of(frame))
+                self._publisher.run_failed(self, frame)
                 return
             case Started():
                 self.engine_started = True
@@ -106,6 +113,25 @@ class Call:
             self.chars.append(0)
         self.token_ids[choice] += delta.token_ids
         self.chars[choice] += len(delta.text)
+
+    def progress(self) -> Progress:
+        """How far the answer has come. Of a plain call nothing is out before its end."""
+        shown = self.shown and self.request.stream
+        return Progress(output=self.delivered, shown=shown, token_ids=self.token_ids, chars=self.chars)
+
+    def fence_off(self) -> int:
+        """The run that counts has come to nothing: its frames no longer count. Returns the next attempt's number."""
+        self.accepted, self.engine_started, self.missing, self.promised = None, False, 0, -1
+        self.last_alive = time.monotonic()
+        return self.reception.raise_fence()
+
+    def restart(self) -> None:
+        """Throws away the output of the runs so far."""
+        self._frames = [Restarted()] if self.shown else []
+        self._bytes = 0
+        self.delivered = self.shown = self.overflowed = False
+        self.token_ids, self.chars = [], []
+        self._wake()
 
     def fail(self, error: ModelBusError) -> None:
         """Ends the call with an error; frames that came before it are still read first."""
@@ -138,6 +164,7 @@ class Call:
             if not self._frames:
                 break
             frames, self._frames, self._bytes = self._frames, [], 0
+            self.shown = self.delivered
             if self.overflowed:
                 self.overflowed = False
                 self._publisher.ask_resend(self)

@@ -69,11 +69,11 @@ class ModelBusError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
-    def failed(self, *, id: str, run: str, seq: int, usage: Usage | None = None) -> Failed:
-        """The frame that carries this error to the publisher."""
+    def failed(self, *, id: str, run: str, seq: int, usage: Usage | None = None, retry: bool = False) -> Failed:
+        """The frame that carries this error to the publisher; ``retry``: another worker may do better."""
         return Failed(
-            id=id, run=run, seq=seq, code=self.code, message=self.message, status=self.status,
-            param=self.param, retry_after_s=self.retry_after_s, upstream=self.upstream, usage=usage or Usage(),
+            id=id, run=run, seq=seq, code=self.code, message=self.message, status=self.status, param=self.param,
+            retry_after_s=self.retry_after_s, upstream=self.upstream, usage=usage or Usage(), retry=retry,
         )  # fmt: skip
 
 

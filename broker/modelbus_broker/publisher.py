@@ -28,7 +28,9 @@ from .errors import (
     ModelUnavailable,
     QueueFull,
     WorkerLost,
+    error_of,
 )
+from .failover import Again, GiveUp, RunEnd, next_attempt
 from .messages import (
     TERMINAL,
     Accepted,
@@ -36,6 +38,7 @@ from .messages import (
     AliveReply,
     Control,
     Deployment,
+    Failed,
     Go,
     LetGo,
     Probe,
@@ -219,6 +222,7 @@ class Publisher:
             stream=options.stream,
             traceparent=options.traceparent,
             tracestate=options.tracestate,
+            fail_fast=deployment.replicas > 1 or len(deployments) > 1,
         )
 
     async def _encode(self, request: Request) -> bytes:
@@ -343,7 +347,7 @@ class Publisher:
                 (confirmed if state.state == "ended" else stop).append(key)
             elif call.reception.run in ("", state.run):
                 if names.parse_run(state.run)[0] < call.reception.fence:
-                    stop.append(key)
+                    (confirmed if state.state == "ended" else stop).append(key)
                     continue
                 call.last_alive, call.missing = now, 0
                 if call.promised >= call.reception.next_seq and not call.overflowed:
@@ -416,49 +420,54 @@ class Publisher:
                     f"STREAM.MSG.DELETE.{call.stream}", {"seq": call.stream_seq, "no_erase": True}
                 )
 
-    # A run is lost
+    # A run has come to nothing
 
     def _lost(self, call: Call, why: str) -> None:
-        """Fences the lost run off and publishes the next attempt, where one can give the right answer."""
-        accepted, started = call.accepted, call.engine_started
-        if accepted is None:
-            return
-        attempt = call.reception.raise_fence()
-        call.accepted, call.engine_started, call.missing, call.promised = None, False, 0, -1
-        call.last_alive = time.monotonic()
-        goes_on = bool(call.delivered and accepted.compat and self._compat_alive(call.model, accepted))
-        log.warning("request %s: attempt %d is lost: %s", call.id, attempt - 1, why)
-        if call.delivered and not goes_on:
-            call.fail(WorkerLost(f"the answer was cut: {why}, and no other worker can go on from what was sent"))
-            self._spawn(self._terminate(accepted, "the run is lost"))
-            return
-        request = msgspec.structs.replace(
-            call.attempt,
-            attempt=attempt,
-            lane="re",
-            crashes=call.attempt.crashes + (1 if started else 0),
-            compat=accepted.compat if goes_on else "",
-            output_token_ids=[list(ids) for ids in call.token_ids] if goes_on else [],
-            emitted_chars=list(call.chars) if goes_on else [],
-            budget_ms=max(1000, int((call.deadline - asyncio.get_running_loop().time()) * 1000)),
-        )
-        call.attempt = request
-        self._spawn(self._republish(call, request, accepted))
+        """The worker of the run that counts is gone, or no longer has it."""
+        if call.accepted is not None:
+            worker = names.parse_run(call.accepted.run)[2]
+            compat = call.accepted.compat
+            self._follow(call, RunEnd(worker=worker, why=why, compat=compat, crashed=call.engine_started))
 
-    def _compat_alive(self, model: str, accepted: Accepted) -> bool:
-        lost = names.parse_run(accepted.run)[2]
-        workers = self.registry.workers_of(model)
-        return any(w.compat == accepted.compat and w.capabilities.can_continue and w.id != lost for w in workers)
+    def run_failed(self, call: Call, frame: Failed) -> None:
+        """The worker of the run that counts says that it cannot answer."""
+        error = error_of(frame)
+        if frame.retry:
+            compat = call.accepted.compat if call.accepted else ""
+            worker = names.parse_run(frame.run)[2]
+            self._follow(call, RunEnd(worker=worker, why=error.message, compat=compat, failure=error))
+        else:
+            call.fail(error)
 
-    async def _republish(self, call: Call, request: Request, accepted: Accepted) -> None:
+    def _follow(self, call: Call, end: RunEnd) -> None:
+        """Fences the run off and publishes the next attempt, where one can give the right answer."""
+        accepted = call.accepted
+        attempt = call.fence_off()
+        log.warning("request %s: attempt %d came to nothing: %s", call.id, attempt - 1, end.why)
+        budget_ms = int((call.deadline - asyncio.get_running_loop().time()) * 1000)
+        workers = self.registry.workers_of(call.model)
+        decision = next_attempt(call.attempt, end, call.progress(), workers, attempt=attempt, budget_ms=budget_ms)
+        if isinstance(decision, GiveUp):
+            call.fail(decision.error)
+            if accepted is not None:
+                self._spawn(self._terminate(accepted, "the run came to nothing"))
+            return
+        if isinstance(decision, Again):
+            call.restart()
+        call.attempt = decision.request
+        self._spawn(self._republish(call, decision.request, end, accepted))
+
+    async def _republish(self, call: Call, request: Request, end: RunEnd, accepted: Accepted | None) -> None:
         try:
             payload = await self._encode(request)
             await self._publish(call, names.resume_subject(call.model, request.compat), payload, request)
         except ModelBusError as error:
-            call.fail(WorkerLost(f"the worker was lost and the request could not be published again: {error.message}"))
+            words = f"{end.why}, and the request could not be published again: {error.message}"
+            call.fail(end.failure or WorkerLost(words))
             return
         # In this order: a refused publish must not lose the request.
-        await self._terminate(accepted, "the next attempt is published")
+        if accepted is not None:
+            await self._terminate(accepted, "the next attempt is published")
 
     async def _terminate(self, accepted: Accepted, why: str) -> None:
         await self._send(accepted.ack_subject, f"+TERM {why}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
+from modelbus_broker.calls import Answer, Restarted
 from modelbus_broker.messages import (
     Delta,
     Done,
@@ -88,13 +89,16 @@ class AnswerBuilder:
     """Takes the frames of one call and holds the answer so far."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.done: Done | None = None
         self.prompt_tokens = 0  #: as said by the ``started`` frame; 0 = not known yet
         self.dimensions = 0  #: of the vectors
         self._choices: dict[int, _Choice] = {}
         self._vectors: dict[int, bytes] = {}
 
-    def add(self, frame: Started | Delta | Vectors | Done) -> None:
+    def add(self, frame: Answer) -> None:
         match frame:
             case Delta():
                 choice = self._choices.get(frame.choice)
@@ -108,6 +112,8 @@ class AnswerBuilder:
                 self._vectors.update(enumerate(frame.data, frame.start))
             case Started():
                 self.prompt_tokens = frame.prompt_tokens or self.prompt_tokens
+            case Restarted():
+                self._begin()
 
     @property
     def choices(self) -> list[ChoiceAnswer]:

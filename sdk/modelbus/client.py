@@ -234,7 +234,7 @@ class Client:
         """
         started = time.monotonic()
         task = chat_task(messages, fields)
-        call = await self.publisher.submit(model, task, options or CallOptions(stream=False))
+        call = await self.publisher.submit(model, task, _plain(options))
         builder = await collect(call)
         return ChatAnswer(
             id=call.id,
@@ -267,7 +267,7 @@ class Client:
         if not inputs:
             raise InvalidRequest("there is no text to embed", param="input")
         task: Task = Embedding(input=inputs, dimensions=dimensions)
-        call = await self.publisher.submit(model, task, options or CallOptions(stream=False))
+        call = await self.publisher.submit(model, task, _plain(options))
         builder = await collect(call)
         return EmbeddingAnswer(
             id=call.id,
@@ -383,6 +383,12 @@ def chat_task(messages: Messages, fields: Mapping[str, Any]) -> Chat:
     return task
 
 
+def _plain(options: CallOptions | None) -> CallOptions:
+    """For a caller who gets the answer as a whole, which can therefore begin anew."""
+    return _PLAIN if options is None else msgspec.structs.replace(options, stream=False)
+
+
+_PLAIN = CallOptions(stream=False)
 _SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
 _CHAT_FIELDS = frozenset(Chat.__struct_fields__) - {"messages", "sampling"}
 

@@ -13,9 +13,13 @@ class Decision(msgspec.Struct, frozen=True):
 
     action: Literal["run", "expire", "give_back", "dead", "done"]
     why: str = ""
+    delay_ms: int = 0  #: of a give_back: where this very worker would get it again at once
 
 
 RUN = Decision("run")
+
+#: So long a worker that has failed a request leaves it to others. Then it takes it all the same: they may all be gone.
+AVOID_MS = 30_000
 
 
 def decide(
@@ -28,6 +32,8 @@ def decide(
     compat: str,
     free: int,
     ended: bool,
+    worker: str = "",
+    delivery: int = 1,
 ) -> Decision:
     """Judges one delivery.
 
@@ -39,6 +45,8 @@ def decide(
         compat: of this worker.
         free: slots that are free now.
         ended: this worker has already answered this attempt.
+        worker: the id of this worker.
+        delivery: how often the message was delivered, this time included.
     """
     if ended:
         return Decision("done", "it was answered here before its acknowledgement was stored")
@@ -47,9 +55,12 @@ def decide(
     if request.crashes + starts >= request.max_crashes:
         return Decision("dead", f"its worker was lost {request.crashes + starts} times while it ran")
     if request.revision and request.revision != revision:
-        return Decision("give_back", f"it is for revision {request.revision}")
+        return Decision("give_back", f"it is for revision {request.revision}", 200)
     if request.compat and request.compat != compat:
-        return Decision("give_back", f"it can only go on where the compat is {request.compat}")
+        return Decision("give_back", f"it can only go on where the compat is {request.compat}", 200)
+    if worker in request.avoid and now_ms < stored_ms + min(AVOID_MS, request.budget_ms / 2):
+        # Another worker that waits has it in no time; one that is busy does not.
+        return Decision("give_back", "it failed here, others may do it", 0 if delivery < 3 else 200)
     if free <= 0:
         return Decision("give_back", "no slot is free")
     return RUN

@@ -101,6 +101,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     execution.started_at = time.monotonic()
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
+    retry = False
     # A plain timer costs a third of asyncio.timeout_at.
     timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
     try:
@@ -112,7 +113,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
         if execution.expired:
             error = DeadlineExceeded(f"no complete answer within {request.budget_ms / 1000:g} s")
     except ModelBusError as failure:
-        error = failure
+        error, retry = failure, failure.retryable
     except Exception as failure:  # an engine may raise anything; its words go to the client
         log.exception("request %s failed in the engine", request.id)
         error = EngineFailed(f"{type(failure).__name__}: {failure}")
@@ -137,7 +138,9 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     execution.state = "ended"
     spent = usage.usage()
     if execution.counts:
-        outbox.send(ring, error.failed(id=request.id, run=execution.run, seq=execution.next_seq(), usage=spent))
+        outbox.send(
+            ring, error.failed(id=request.id, run=execution.run, seq=execution.next_seq(), usage=spent, retry=retry)
+        )
     return spent, "cancelled" if isinstance(error, RequestCancelled) else "failed", error.code
 
 
@@ -151,6 +154,7 @@ def _engine_run(execution: Execution) -> EngineRun:
         prompt_tokens=request.prompt_tokens,
         stream=request.stream,
         traceparent=request.traceparent,
+        fail_fast=request.fail_fast,
     )
 
 

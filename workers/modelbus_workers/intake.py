@@ -103,14 +103,16 @@ class Intake:
             compat=self.compat,
             free=self.free(),
             ended=names.message_id(request.id, request.attempt) in self._ended,
+            worker=self.id,
+            delivery=pulled.delivery,
         )
         match decision.action:
             case "run":
                 left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
                 self._accept(request, pulled, asyncio.get_running_loop().time() + left_s)
             case "give_back":
-                # A delay where this very worker would get it again at once.
-                body = b"-NAK" if decision.why == "no slot is free" else b'-NAK {"delay": 200000000}'
+                delay_ns = decision.delay_ms * 1_000_000
+                body = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
                 self._spawn(self._answer(pulled, body))
             case "done":
                 self._spawn(self._answer(pulled, b"+ACK"))

@@ -121,6 +121,7 @@ class Failed(Row, frozen=True, kw_only=True, tag="f"):
     retry_after_s: float = 0.0
     upstream: str = ""  #: the provider's own error text
     usage: Usage = Usage()
+    retry: bool = False  #: another worker may answer where this one could not
 
 
 Frame = Accepted | Started | Delta | Vectors | Done | Failed

@@ -45,6 +45,9 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
     stream: bool = True  #: the client reads tokens as they come
     traceparent: str = ""  #: W3C trace context
     tracestate: str = ""
+    avoid: list[str] = []  #: workers that failed it, or would: they leave it to others for a while
+    rescues: int = 0  #: how often it went to another worker because one failed it
+    fail_fast: bool = False  #: others may do it: an engine leaves further tries to them
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):

@@ -56,6 +56,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0  #: of the first attempt, 0 if this is it
     stream: bool = True
     traceparent: str = ""
+    fail_fast: bool = False  #: other workers may do it: further tries of what can be retried are left to them
 
 
 class Prompt(msgspec.Struct, frozen=True):
