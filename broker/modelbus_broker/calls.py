@@ -15,6 +15,7 @@ from .reception import Reception, Verdict
 
 if TYPE_CHECKING:
     from .publisher import Publisher
+    from .storing import Publication
 
 
 class Restarted:
@@ -49,8 +50,7 @@ class Call:
         self.last_alive = self.started  #: when its worker last listed it
         self.promised = -1  #: the last sequence number that the last alive message named
         self.missing = 0  #: alive messages in a row that did not list it
-        self.stream = ""  #: where the message lies
-        self.stream_seq = 0
+        self.publication: Publication | None = None  #: of the attempt as published last
         self.resend_asked = 0.0
         self.over = False  #: the last frame, or an error, has come
         self.overflowed = False  #: frames were dropped because the reader is slow
@@ -63,6 +63,7 @@ class Call:
         self._bytes = 0
         self._error: ModelBusError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._storing: asyncio.Future[None] | None = None
 
     # The router's side
 
@@ -85,6 +86,7 @@ class Call:
                 self.accepted = frame
                 self.last_alive = time.monotonic()
                 self.missing = 0
+                self.stored_or_not()  # a run is as good as the stream's own answer
                 return
             case Failed():
                 self._publisher.run_failed(self, frame)
@@ -139,7 +141,13 @@ class Call:
             self.over = True
             self._error = error
             self._wake()
+            self.stored_or_not()
             self._publisher.ended(self)
+
+    def stored_or_not(self) -> None:
+        """It is known whether the queue has it: wakes whoever waits for that."""
+        if self._storing is not None and not self._storing.done():
+            self._storing.set_result(None)
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -147,6 +155,18 @@ class Call:
             waiter.set_result(None)
 
     # The reader's side
+
+    async def stored(self) -> None:
+        """Returns when the queue has stored the request: from then on it is not lost.
+
+        Raises:
+            QueueFull, BusUnavailable: it has not.
+        """
+        while not self.over and (self.publication is None or self.publication.open) and not self.reception.run:
+            self._storing = asyncio.get_running_loop().create_future()
+            await self._storing
+        if self._error is not None and not self.reception.run:
+            raise self._error
 
     async def batches(self) -> AsyncIterator[list[Answer]]:
         """Yields lists of all frames that are ready, and ends after ``Done``.

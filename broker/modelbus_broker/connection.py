@@ -13,6 +13,7 @@ import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -101,7 +102,8 @@ class Bus:
         self.name = name
         self._nc = nats.aio.client.Client()
         self._inbox = ""
-        self._replies: dict[str, asyncio.Future[Msg]] = {}
+        self._reply_prefix = ""
+        self._replies: dict[str, Callable[[Msg], None]] = {}
         self._reply_number = 0
         self._reconnect_callbacks: list[Callable[[], Awaitable[None]]] = []
         self._last_error: Exception | None = None
@@ -179,11 +181,12 @@ class Bus:
             ) from error
         prefix = options["inbox_prefix"]
         self._inbox = f"{prefix.decode() if isinstance(prefix, bytes) else prefix}.{random_token(16)}"
+        self._reply_prefix = f"{self._inbox}.r."
         self.connected_at = time.monotonic()
         await self._subscribe_replies()
 
     async def _subscribe_replies(self) -> None:
-        await self.subscribe(f"{self._inbox}.r.*", self._on_reply)
+        await self.subscribe(f"{self._reply_prefix}*", self._on_reply)
 
     # The connection's own events. nats-py wants coroutine functions.
 
@@ -256,22 +259,26 @@ class Bus:
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe at the bus: {error}") from error
 
-    def expect_reply(self) -> tuple[str, asyncio.Future[Msg]]:
-        """A reply subject and the future of the first message that comes there; see :meth:`forget_reply`."""
+    def on_reply(self, callback: Callable[[Msg], None]) -> str:
+        """A reply subject; ``callback`` gets the first message that comes there. See :meth:`forget_reply`."""
         self._reply_number += 1
         token = str(self._reply_number)
+        self._replies[token] = callback
+        return self._reply_prefix + token
+
+    def expect_reply(self) -> tuple[str, asyncio.Future[Msg]]:
+        """A reply subject and the future of the first message that comes there; see :meth:`forget_reply`."""
         future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._replies[token] = future
-        return f"{self._inbox}.r.{token}", future
+        return self.on_reply(partial(_resolve, future)), future
 
     def forget_reply(self, reply: str) -> None:
         """No longer waits for a reply."""
-        self._replies.pop(reply.rpartition(".")[2], None)
+        self._replies.pop(reply[len(self._reply_prefix) :], None)
 
     def _on_reply(self, msg: Msg) -> None:
-        future = self._replies.pop(msg.subject.rpartition(".")[2], None)
-        if future is not None and not future.done():
-            future.set_result(msg)
+        callback = self._replies.pop(msg.subject[len(self._reply_prefix) :], None)
+        if callback is not None:
+            callback(msg)
 
     async def request(
         self, subject: str, payload: bytes = b"", *, timeout_s: float = 2.0, headers: dict[str, str] | None = None
@@ -384,6 +391,11 @@ class Bus:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _resolve(future: asyncio.Future[Msg], msg: Msg) -> None:
+    if not future.done():
+        future.set_result(msg)
 
 
 def _time_out(future: asyncio.Future[Msg]) -> None:

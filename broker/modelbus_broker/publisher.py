@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 import zlib
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +20,7 @@ import msgspec
 from . import names, topology
 from .blobs import INLINE_LIMIT, put_blob
 from .calls import Call
-from .connection import Bus, JetStreamError, Msg, NoResponders
+from .connection import Bus, Msg, NoResponders
 from .errors import (
     BusUnavailable,
     DeadlineExceeded,
@@ -52,6 +53,7 @@ from .messages import (
 )
 from .reception import Verdict
 from .registry import Registry
+from .storing import Publication, PublisherSettings, Storing
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +63,6 @@ PROBE_S = 0.3
 #: After a reconnect live peers can look dead for some ms; nobody is declared dead so soon after it.
 RECONNECT_GRACE_S = 3.0
 DAY_MS = 24 * 3600 * 1000
-
-#: A stream is at its limit of messages or bytes.
-_FULL = (10077, 10122, 10054, 10047)
-
-
-class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a publisher publishes. The guarantees can be switched off to measure what each one costs."""
-
-    dedupe: bool = True  #: a message id, so that a retried publish is stored once
-    expiry: bool = True  #: a TTL, so that nothing lies in a queue long after its deadline
-    accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
 
 
 class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +97,7 @@ class Publisher:
         self.id = names.new_publisher_id(kind)
         #: Messages per model token in the queues when last polled.
         self.depths: dict[str, int] = {}
+        self._storing = Storing(bus, self.settings, self._spawn)
         self._calls: dict[str, Call] = {}
         self._per_model: dict[str, int] = {}
         self._heard: dict[str, float] = {}  # worker -> when
@@ -158,6 +150,23 @@ class Publisher:
             QueueFull: the model's queue is at its limit.
             BusUnavailable: the bus did not store it in time.
         """
+        call = await self.publish(model, task, options)
+        try:
+            await call.stored()
+        except asyncio.CancelledError:
+            call.fail(ModelBusError("cancelled"))
+            self._spawn(self.withdraw(call))
+            raise
+        return call
+
+    async def publish(self, model: str, task: Task, options: CallOptions | None = None) -> Call:
+        """Publishes a request and returns at once; for callers that read the answer now.
+
+        When the queue does not take it, reading the call raises what ``submit`` would have raised.
+
+        Raises:
+            ModelNotFound, ModelUnavailable, QueueFull: as ``submit``, as far as it is known here.
+        """
         options = options or _DEFAULT_OPTIONS
         deployments = self.registry.deployments_of(model)
         if not deployments:
@@ -171,9 +180,7 @@ class Publisher:
         self._per_model[model] = self._per_model.get(model, 0) + 1
         self._busy.set()
         try:
-            payload = await self._encode(request)
-            subject = names.request_subject(model, options.lane, request.share)
-            await self._publish(call, subject, payload, request)
+            await self._store(call, names.request_subject(model, options.lane, request.share))
         except asyncio.CancelledError:
             call.fail(ModelBusError("cancelled"))
             self._spawn(self.withdraw(call))
@@ -233,30 +240,27 @@ class Publisher:
         blob = await put_blob(self.bus, f"{request.id}.{request.attempt}", encode(request.task))
         return encode(msgspec.structs.replace(request, task=None, blob=blob))
 
-    async def _publish(self, call: Call, subject: str, payload: bytes, request: Request) -> None:
-        headers: dict[str, str] = {}
-        if self.settings.dedupe:
-            headers["Nats-Msg-Id"] = names.message_id(request.id, request.attempt)
-        if self.settings.expiry:
-            headers["Nats-TTL"] = f"{request.budget_ms // 1000 + 60}s"
-        end = time.monotonic() + min(self.settings.accept_timeout_s, request.budget_ms / 1000)
-        while True:
-            try:
-                ack = await self.bus.js_publish(subject, payload, headers=headers, timeout_s=2.0)
-            except JetStreamError as error:
-                if error.err_code in _FULL:
-                    raise QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0) from error
-                raise
-            except (BusUnavailable, NoResponders) as error:
-                # The answer may be lost and not the message: its frames are as good as a PubAck.
-                if call.reception.run or call.over:
-                    return
-                if time.monotonic() >= end or not self.settings.dedupe:
-                    raise BusUnavailable(f"the bus did not store the request: {error.message}") from error
-                await asyncio.sleep(0.1)
-                continue
-            call.stream, call.stream_seq = ack.stream, ack.seq
-            return
+    async def _store(
+        self, call: Call, subject: str, end: RunEnd | None = None, replaces: Accepted | None = None
+    ) -> None:
+        """Sends the call's attempt to its queue; ``end`` is that of the run which it follows."""
+        payload = await self._encode(call.attempt)
+        answered = partial(self._on_stored, call, end)
+        call.publication = await self._storing.store(call.attempt, subject, payload, answered, replaces)
+
+    def _on_stored(self, call: Call, end: RunEnd | None, publication: Publication) -> None:
+        """The stream has answered, or it will not."""
+        if publication.error is None:
+            if publication.replaces is not None:
+                # In this order: a refused publish must not lose the request.
+                self._spawn(self._terminate(publication.replaces, "the next attempt is published"))
+            call.stored_or_not()
+        elif publication is not call.publication:
+            return  # of an attempt that another one has followed
+        elif end is not None:
+            call.fail(_not_again(end, publication.error))
+        elif not call.reception.run:  # frames of a run say that it was stored, whatever the stream's answer was
+            call.fail(publication.error)
 
     # Routing
 
@@ -293,6 +297,8 @@ class Publisher:
         """A call has its last frame, or an error."""
         if self._calls.pop(call.id, None) is None:
             return
+        if call.publication is not None and call.reception.run:
+            self._storing.forget(call.publication)
         left = self._per_model.get(call.model, 1) - 1
         if left:
             self._per_model[call.model] = left
@@ -376,8 +382,11 @@ class Publisher:
             silent: dict[str, list[Call]] = {}
             now = time.monotonic()
             for call in list(self._calls.values()):
+                publication = call.publication
                 if loop_time >= call.deadline:
                     self._expire(call)
+                elif publication is not None and publication.open and not call.reception.run:
+                    self._storing.look_after(publication)
                 elif call.reception.run:
                     worker = names.parse_run(call.reception.run)[2]
                     if now - max(self._heard.get(worker, 0.0), call.last_alive) > SILENT_S:
@@ -414,11 +423,8 @@ class Publisher:
             await self._send(names.control_subject(worker), encode(Stop(id=call.id)))
         # That the delete succeeds does not say that it was still queued: a worker that has it is told to stop
         # when its `accepted` comes for a request that is no longer known here.
-        if call.stream_seq:
-            with contextlib.suppress(ModelBusError):
-                await self.bus.js_request(
-                    f"STREAM.MSG.DELETE.{call.stream}", {"seq": call.stream_seq, "no_erase": True}
-                )
+        if call.publication is not None:
+            await self._storing.withdraw(call.publication)
 
     # A run has come to nothing
 
@@ -455,19 +461,14 @@ class Publisher:
         if isinstance(decision, Again):
             call.restart()
         call.attempt = decision.request
-        self._spawn(self._republish(call, decision.request, end, accepted))
+        self._spawn(self._republish(call, end, accepted))
 
-    async def _republish(self, call: Call, request: Request, end: RunEnd, accepted: Accepted | None) -> None:
+    async def _republish(self, call: Call, end: RunEnd, accepted: Accepted | None) -> None:
+        subject = names.resume_subject(call.model, call.attempt.compat)
         try:
-            payload = await self._encode(request)
-            await self._publish(call, names.resume_subject(call.model, request.compat), payload, request)
+            await self._store(call, subject, end, accepted)
         except ModelBusError as error:
-            words = f"{end.why}, and the request could not be published again: {error.message}"
-            call.fail(end.failure or WorkerLost(words))
-            return
-        # In this order: a refused publish must not lose the request.
-        if accepted is not None:
-            await self._terminate(accepted, "the next attempt is published")
+            call.fail(_not_again(end, error))
 
     async def _terminate(self, accepted: Accepted, why: str) -> None:
         await self._send(accepted.ack_subject, f"+TERM {why}".encode())
@@ -487,6 +488,10 @@ class Publisher:
             with contextlib.suppress(BusUnavailable):
                 self.depths = await topology.depths(self.bus)
             await asyncio.sleep(1.0)
+
+
+def _not_again(end: RunEnd, error: ModelBusError) -> ModelBusError:
+    return end.failure or WorkerLost(f"{end.why}, and the request could not be published again: {error.message}")
 
 
 _DEFAULT_OPTIONS = CallOptions()

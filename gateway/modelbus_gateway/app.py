@@ -7,8 +7,9 @@ from contextlib import AsyncExitStack
 
 from aiohttp import web
 from modelbus_broker.connection import Bus
-from modelbus_broker.publisher import Publisher, PublisherSettings
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
+from modelbus_broker.storing import PublisherSettings
 
 from . import handlers
 from .delivery import ClientWatch

@@ -82,11 +82,11 @@ class Gateway:
         return models[0]
 
     async def submit(self, request: web.Request, exchange: Exchange, name: str, translation: Translation) -> Call:
-        """Publishes the task. Raises what ``Publisher.submit`` raises, and UnsupportedField."""
+        """Publishes the task. Raises what ``Publisher.publish`` raises, and UnsupportedField."""
         model = self.model(name)
         if translation.needs:
             check_needs(translation.needs, name, self.registry.workers_of(model))
-        call = await self.publisher.submit(model, translation.task, _options(request, translation))
+        call = await self.publisher.publish(model, translation.task, _options(request, translation))
         exchange.model = model
         exchange.headers["x-request-id"] = call.id
         return call

@@ -234,7 +234,7 @@ class Client:
         """
         started = time.monotonic()
         task = chat_task(messages, fields)
-        call = await self.publisher.submit(model, task, _plain(options))
+        call = await self.publisher.publish(model, task, _plain(options))
         builder = await collect(call)
         return ChatAnswer(
             id=call.id,
@@ -267,7 +267,7 @@ class Client:
         if not inputs:
             raise InvalidRequest("there is no text to embed", param="input")
         task: Task = Embedding(input=inputs, dimensions=dimensions)
-        call = await self.publisher.submit(model, task, _plain(options))
+        call = await self.publisher.publish(model, task, _plain(options))
         builder = await collect(call)
         return EmbeddingAnswer(
             id=call.id,

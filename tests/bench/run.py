@@ -20,7 +20,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
-from modelbus_broker.publisher import PublisherSettings
+from modelbus_broker.storing import PublisherSettings
 
 from .load import LoadJob, LoadResult
 from .stand import LITELLM, ROOT, Stand, stand

@@ -24,10 +24,10 @@ from modelbus_broker import names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
 from modelbus_broker.messages import Deployment, encode
-from modelbus_broker.publisher import PublisherSettings
 from modelbus_broker.registry import Registry
 from modelbus_broker.server import EmbeddedServer, ServerSettings
 from modelbus_broker.settings import BusSettings
+from modelbus_broker.storing import PublisherSettings
 from modelbus_broker.topology import declare_bus, declare_model
 from modelbus_workers.job import WorkerJob
 

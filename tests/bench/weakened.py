@@ -11,8 +11,8 @@ import sys
 import msgspec
 import uvloop
 from aiohttp import web
-from modelbus_broker.publisher import PublisherSettings
 from modelbus_broker.settings import BusSettings
+from modelbus_broker.storing import PublisherSettings
 from modelbus_gateway.app import create_app
 from modelbus_gateway.settings import GatewaySettings
 

@@ -16,7 +16,7 @@ from collections import deque
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, StreamCut
-from modelbus_broker.messages import Delta, Frame, Vectors, encode
+from modelbus_broker.messages import Frame, encode, encode_list
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,11 @@ RESEND_BYTES = 256 << 10
 
 
 class Ring:
-    """The frames of one run, from ``first`` on."""
+    """The frames of one run, from ``first`` on, as they travel.
+
+    Bytes and not structs: they count what they take, can be sent again as they are, and give the garbage collector
+    nothing to look through.
+    """
 
     __slots__ = ("bytes", "ended_at", "first", "frames", "publisher", "request_id", "run", "sent_seq")
 
@@ -35,47 +39,36 @@ class Ring:
         self.request_id = request_id
         self.run = run
         self.publisher = publisher
-        self.frames: deque[Frame] = deque()
+        self.frames: deque[bytes] = deque()
         self.first = 0
         self.bytes = 0
         self.sent_seq = -1
         self.ended_at = 0.0
 
-    def add(self, frame: Frame) -> None:
-        self.frames.append(frame)
+    def add(self, frame: Frame) -> bytes:
+        """Keeps a frame; returns it encoded."""
+        encoded = encode(frame)
+        self.frames.append(encoded)
         self.sent_seq = frame.seq
-        self.bytes += _size(frame)
+        self.bytes += len(encoded)
         while self.bytes > RING_BYTES and len(self.frames) > 1:
-            self.bytes -= _size(self.frames.popleft())
+            self.bytes -= len(self.frames.popleft())
             self.first += 1
+        return encoded
 
-    def since(self, seq: int, limit: int = RESEND_BYTES) -> list[Frame]:
+    def since(self, seq: int, limit: int = RESEND_BYTES) -> list[bytes]:
         """Frames from ``seq`` on, up to about ``limit`` bytes and at least one; empty if they are gone or not yet."""
         if seq < self.first or seq > self.sent_seq:
             return []
-        found: list[Frame] = []
+        found: list[bytes] = []
         size = 0
         for index in range(seq - self.first, len(self.frames)):
             frame = self.frames[index]
-            size += _size(frame)
+            size += len(frame)
             if found and size > limit:
                 break
             found.append(frame)
         return found
-
-
-def _size(frame: Frame) -> int:
-    """About how many bytes a frame takes."""
-    if type(frame) is Delta:
-        return (
-            64
-            + len(frame.text) * (1 if frame.text.isascii() else 3)
-            + 3 * len(frame.token_ids)
-            + 100 * len(frame.logprobs)
-        )
-    if type(frame) is Vectors:
-        return 64 + sum(map(len, frame.data))
-    return 128
 
 
 class Outbox:
@@ -84,7 +77,7 @@ class Outbox:
     def __init__(self, bus: Bus, worker: str) -> None:
         self._bus = bus
         self._worker = worker
-        self._ready: dict[str, list[Frame]] = {}
+        self._ready: dict[str, list[bytes]] = {}
         self._wake = asyncio.Event()
         self.rings: dict[str, Ring] = {}  #: by run key
         self._task: asyncio.Task[None] | None = None
@@ -108,13 +101,13 @@ class Outbox:
 
     def send(self, ring: Ring, frame: Frame) -> None:
         """Queues a frame for the end of this turn of the event loop."""
-        ring.add(frame)
+        encoded = ring.add(frame)
         ready = self._ready.get(ring.publisher)
         if ready is None:
-            self._ready[ring.publisher] = [frame]
+            self._ready[ring.publisher] = [encoded]
             self._wake.set()
         else:
-            ready.append(frame)
+            ready.append(encoded)
 
     def end(self, ring: Ring) -> None:
         """The last frame of the run was sent."""
@@ -132,7 +125,7 @@ class Outbox:
             if seq < ring.first:
                 # The reader was too slow for the ring: better an end than a wait for what will never come.
                 error = StreamCut(f"the reader was too slow: frames before {ring.first} are no longer kept")
-                frames = [error.failed(id=request_id, run=run, seq=seq)]
+                frames = [encode(error.failed(id=request_id, run=run, seq=seq))]
             if frames:
                 self._ready.setdefault(ring.publisher, []).extend(frames)
                 self._wake.set()
@@ -159,8 +152,8 @@ class Outbox:
         for publisher, frames in ready.items():
             await self._publish(names.response_subject(publisher, self._worker), frames)
 
-    async def _publish(self, subject: str, frames: list[Frame]) -> None:
-        payload = encode(frames)
+    async def _publish(self, subject: str, frames: list[bytes]) -> None:
+        payload = encode_list(frames)
         if len(payload) > MESSAGE_BYTES and len(frames) > 1:
             middle = len(frames) // 2
             await self._publish(subject, frames[:middle])

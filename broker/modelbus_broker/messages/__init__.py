@@ -9,7 +9,7 @@
 | ``chat`` | the tasks inside a request |
 """
 
-from .base import Message, Row, encode, to_json
+from .base import Message, Row, encode, encode_list, to_json
 from .chat import (
     AudioData,
     AudioPart,
@@ -92,5 +92,5 @@ __all__ = [
     "TokenLogprob", "ToolCall", "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord",
     "decode_alive", "decode_alive_reply", "decode_claim", "decode_control", "decode_dead_letter",
     "decode_deployment", "decode_frames", "decode_node", "decode_request", "decode_start_failure", "decode_task",
-    "decode_usage_events", "decode_worker", "encode", "to_json",
+    "decode_usage_events", "decode_worker", "encode", "encode_list", "to_json",
 ]  # fmt: skip

@@ -16,7 +16,9 @@ class Deployment(Message, frozen=True, kw_only=True, tag="deployment"):
     model: str
     engine: str
     revision: str  #: changes with every deploy
-    engine_params: dict[str, str] = {}  #: ``backend.*`` and ``saas.*`` with the prefix cut; secrets as ``env:``/``file:``
+    engine_params: dict[
+        str, str
+    ] = {}  #: ``backend.*`` and ``saas.*`` with the prefix cut; secrets as ``env:``/``file:``
     sealed: dict[str, str] = {}  #: secret parameters, sealed to the cluster's node key
     model_path: str = ""
     pretrained_model_type: str = ""  #: as the user wrote it

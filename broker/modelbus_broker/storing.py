@@ -1,0 +1,170 @@
+"""Getting a request into its queue: sent at once, sent again until the stream says that it has it.
+
+Nobody waits for the stream's answer before going on: it comes to the publication as the first event of its request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from . import names
+from .connection import Bus, JetStreamError, Msg, NoResponders, parse_puback
+from .errors import BusUnavailable, ModelBusError, QueueFull
+from .messages import Accepted, Request
+
+#: Without an answer for so long a request is sent again.
+AGAIN_S = 2.0
+#: While a cluster elects a leader, or a server starts, nobody answers for the stream.
+NOBODY_S = 0.1
+
+#: A stream is at its limit of messages or bytes.
+_FULL = (10077, 10122, 10054, 10047)
+
+
+class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a publisher publishes. The guarantees can be switched off to measure what each one costs."""
+
+    dedupe: bool = True  #: a message id, so that a retried publish is stored once
+    expiry: bool = True  #: a TTL, so that nothing lies in a queue long after its deadline
+    accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
+
+
+class Publication:
+    """One attempt of a request on its way into its queue.
+
+    Attributes:
+        answered: called once, when it is stored or refused.
+        stream, seq: where the message lies, once ``stored``; seq 0 when only its frames say that it was stored.
+        replaces: the lost run, whose message goes when this one is stored.
+        withdrawn: nobody wants it any more: it goes as soon as it is known where it lies.
+    """
+
+    __slots__ = (
+        "answered", "error", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
+        "until", "withdrawn",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str],
+        *,
+        until: float,
+        answered: Callable[[Publication], None],
+        replaces: Accepted | None = None,
+    ) -> None:
+        self.subject = subject
+        self.payload = payload
+        self.headers = headers
+        self.answered = answered
+        self.until = until
+        self.replaces = replaces
+        self.sent_at = 0.0
+        self.reply = ""
+        self.stored = self.withdrawn = False
+        self.stream = ""
+        self.seq = 0
+        self.error: ModelBusError | None = None
+
+    @property
+    def open(self) -> bool:
+        """Neither stored nor refused yet."""
+        return not self.stored and self.error is None
+
+
+class Storing:
+    """Sends publications and hears what becomes of them."""
+
+    def __init__(
+        self, bus: Bus, settings: PublisherSettings, spawn: Callable[[Coroutine[Any, Any, None]], object]
+    ) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._spawn = spawn
+
+    async def store(
+        self,
+        request: Request,
+        subject: str,
+        payload: bytes,
+        answered: Callable[[Publication], None],
+        replaces: Accepted | None = None,
+    ) -> Publication:
+        """Sends an attempt on its way and returns at once; ``answered`` hears what becomes of it."""
+        headers: dict[str, str] = {}
+        if self._settings.dedupe:
+            headers["Nats-Msg-Id"] = names.message_id(request.id, request.attempt)
+        if self._settings.expiry:
+            headers["Nats-TTL"] = f"{request.budget_ms // 1000 + 60}s"
+        until = time.monotonic() + min(self._settings.accept_timeout_s, request.budget_ms / 1000)
+        publication = Publication(subject, payload, headers, until=until, answered=answered, replaces=replaces)
+        await self._send(publication)
+        return publication
+
+    async def _send(self, publication: Publication) -> None:
+        publication.sent_at = time.monotonic()
+        self._bus.forget_reply(publication.reply)
+        publication.reply = self._bus.on_reply(partial(self._heard, publication))
+        # Where the connection takes nothing now, it is sent again until the time is up.
+        with contextlib.suppress(BusUnavailable):
+            await self._bus.publish(
+                publication.subject, publication.payload, reply=publication.reply, headers=publication.headers or None
+            )
+
+    def _heard(self, publication: Publication, msg: Msg) -> None:
+        if not publication.open:
+            return
+        try:
+            ack = parse_puback(msg)
+        except NoResponders:
+            publication.sent_at = time.monotonic() - AGAIN_S + NOBODY_S
+            return
+        except JetStreamError as error:
+            publication.error = error
+            if error.err_code in _FULL:
+                publication.error = QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0)
+        else:
+            publication.stored, publication.stream, publication.seq = True, ack.stream, ack.seq
+            publication.payload = b""
+            if publication.withdrawn:
+                self._spawn(self._remove(publication))
+        publication.answered(publication)
+
+    def look_after(self, publication: Publication) -> None:
+        """Sends it again when it is time to, or gives it up; to be called every now and then while it is open."""
+        now = time.monotonic()
+        if now - publication.sent_at < AGAIN_S:
+            return
+        if now < publication.until and self._settings.dedupe:
+            self._spawn(self._send(publication))
+            return
+        self.forget(publication)
+        publication.error = BusUnavailable("the bus did not store the request: no answer from its stream")
+        publication.answered(publication)
+
+    def forget(self, publication: Publication) -> None:
+        """No longer listens for the stream's answer."""
+        self._bus.forget_reply(publication.reply)
+
+    async def withdraw(self, publication: Publication) -> None:
+        """Takes the message out of the queue, now or as soon as it is stored."""
+        publication.withdrawn = True
+        if publication.stored:
+            await self._remove(publication)
+
+    async def _remove(self, publication: Publication) -> None:
+        """Deletes the message. That it succeeds does not say that it was still queued."""
+        if not publication.seq:
+            return
+        # Where that fails, the worker that pulls it is told to stop.
+        with contextlib.suppress(ModelBusError):
+            await self._bus.js_request(
+                f"STREAM.MSG.DELETE.{publication.stream}", {"seq": publication.seq, "no_erase": True}
+            )
