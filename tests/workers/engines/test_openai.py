@@ -23,7 +23,7 @@ from modelbus_broker.errors import (
     UpstreamFailed,
 )
 from modelbus_broker.messages import Chat, ChatMessage, Completion, Embedding, Sampling, Usage
-from modelbus_workers.engines.base import EngineConfig, Output, engine_class
+from modelbus_workers.engines.base import EngineConfig, Output, Run, engine_class
 from modelbus_workers.engines.openai import OpenAIEngine
 
 from tests.workers.engines.contract import ask, chat, outputs_of
@@ -596,3 +596,68 @@ def test_bad_parameters_are_named(kind: str, params: dict[str, str], words: str)
     with pytest.raises(ConfigurationError, match=words) as caught:
         make(kind, **params)
     assert KEY not in str(caught.value)
+
+
+async def test_with_others_at_hand_the_next_try_is_left_to_them(engine: OpenAIEngine, provider: Provider) -> None:
+    provider.script = lambda request, number: answered(503)
+    run = Run(id="r", fail_fast=True)
+    with pytest.raises(UpstreamFailed, match="busy"):
+        async for _ in engine.chat(chat("hi"), run):
+            pass
+    assert len(provider.bodies) == 1
+
+
+async def test_a_connection_that_had_grown_stale_is_replaced_all_the_same(
+    engine: OpenAIEngine, provider: Provider
+) -> None:
+    async def script(request: web.Request, number: int) -> web.StreamResponse:
+        if number == 1:
+            assert request.transport is not None
+            request.transport.abort()
+        return await say(request, "fine")
+
+    provider.script = script
+    texts = [o.text async for o in engine.chat(chat("hi"), Run(id="r", fail_fast=True)) if isinstance(o, Output)]
+    assert "".join(texts) == "fine"
+    assert len(provider.bodies) == 2
+
+
+async def test_an_answer_that_ends_in_the_middle_of_an_event_is_cut(engine: OpenAIEngine, provider: Provider) -> None:
+    half = b'data: {"choices": [{"index": 0, "delta": {"content": "gr\xc3'
+    provider.script = lambda request, number: stream(request, chunk("half"), half)
+    said, error = await failure(engine, chat("hi"))
+    assert said == "half"
+    assert isinstance(error, StreamCut)
+
+
+async def test_a_provider_that_does_not_end_is_ended(engine: OpenAIEngine, provider: Provider) -> None:
+    async def script(request: web.Request, number: int) -> web.StreamResponse:
+        return await stream(request, *([chunk("x")] * 3000))
+
+    provider.script = script
+    said, error = await failure(engine, chat("hi", max_tokens=10))
+    assert len(said) == 4 * 10 + 1024
+    assert isinstance(error, UpstreamFailed)
+    assert "does not end" in error.message
+
+
+async def test_a_large_chunk_comes_in_pieces_and_one_beyond_measure_is_refused(
+    engine: OpenAIEngine, provider: Provider
+) -> None:
+    book = "a book " * 200_000
+    calls = [{"index": 0, "id": "c", "function": {"name": "f", "arguments": book}}]
+    large = chunk(book, finish="stop", delta={"content": book, "tool_calls": calls})
+    provider.script = lambda request, number: stream(request, large, USAGE)
+    answer = await ask(engine, chat("hi"))
+    assert answer.texts == {0: book}
+    assert answer.reasons == {0: "stop"}
+    assert max(len(output.text) for output in answer.outputs) < 200_000
+    assert "".join(call.arguments for output in answer.outputs for call in output.tool_calls) == book
+    provider.script = lambda request, number: stream(request, b"data: ", *([b"x" * (1 << 20)] * 20))
+    _, error = await failure(engine, chat("hi"))
+    assert isinstance(error, UpstreamFailed)
+    assert "16 MiB" in error.message
+
+
+async def answered(status: int) -> web.Response:
+    return web.json_response({"error": {"message": "busy"}}, status=status)

@@ -33,6 +33,7 @@ from .openai_wire import (
     decode_chunk,
     decode_embeddings,
     embedding_body,
+    pieces,
 )
 from .params import read_params
 from .presets import PRESETS, Preset, preset_for
@@ -132,12 +133,16 @@ class OpenAIEngine(Engine):
         return Capabilities(
             tasks=tasks, vision=True, audio=True, files=True, tools=True, json_object=True, json_schema=True,
             logprobs=True, n=self._preset.n, seed=True, penalties=True, logit_bias=True, token_prompts=True,
-            context_length=self.settings.context_length or self._models.get(self._model, 0), extra_fields=["*"],
+            context_length=self._context_length, extra_fields=["*"],
         )  # fmt: skip
 
     @property
     def slots(self) -> int:
         return self.config.slots or self.settings.slots or _SLOTS
+
+    @property
+    def _context_length(self) -> int:
+        return self.settings.context_length or self._models.get(self._model, 0)
 
     async def self_test(self) -> None:
         try:
@@ -177,7 +182,7 @@ class OpenAIEngine(Engine):
             while True:
                 body = self._extra_body | embedding_body(part, self._model, self._preset)
                 try:
-                    document = await self._upstream.post("/embeddings", body, run.deadline)
+                    document = await self._upstream.post("/embeddings", body, run.deadline, fail_fast=run.fail_fast)
                     break
                 except InvalidRequest as error:
                     if not self._learn(error, body):
@@ -217,12 +222,12 @@ class OpenAIEngine(Engine):
                 if told:
                     raise again.error from None
                 tries += 1
-                await self._upstream.wait(again.error, tries, run.deadline)
+                await self._upstream.wait(again, tries, run.deadline, fail_fast=run.fail_fast)
 
     async def _one_try(
         self, path: str, body: Mapping[str, Any], task: Chat | Completion
     ) -> AsyncGenerator[EngineOutput, None]:
-        reader = AnswerReader(task)
+        reader = AnswerReader(task, context_length=self._context_length)
         async with aclosing(self._upstream.documents(path, body)) as documents:
             try:
                 while not reader.has_last_usage:
@@ -234,7 +239,8 @@ class OpenAIEngine(Engine):
                     if chunk is None:
                         raise failure_in_stream(document, self._upstream.secrets)
                     for output in reader.take(chunk):
-                        yield output
+                        for piece in pieces(output):
+                            yield piece
             except (TryAgain, ModelBusError, TimeoutError):
                 # The answer is whole: what goes wrong after it is no loss.
                 if not reader.complete:

@@ -109,25 +109,35 @@ class Upstream:
                 raise
         return {}
 
-    async def post(self, path: str, body: Mapping[str, Any], deadline: float = float("inf")) -> bytes:
-        """The whole answer to a body, retried.
+    async def post(
+        self, path: str, body: Mapping[str, Any], deadline: float = float("inf"), *, fail_fast: bool = False
+    ) -> bytes:
+        """The whole answer to a body, retried; see ``wait``."""
+        return await self.retried(lambda: self._whole("POST", path, body), deadline, fail_fast=fail_fast)
 
-        Args:
-            deadline: event-loop time after which no further try is made.
-        """
-        return await self.retried(lambda: self._whole("POST", path, body), deadline)
-
-    async def retried(self, attempt: Callable[[], Awaitable[T]], deadline: float = float("inf")) -> T:
+    async def retried(
+        self, attempt: Callable[[], Awaitable[T]], deadline: float = float("inf"), *, fail_fast: bool = False
+    ) -> T:
         tries = 0
         while True:
             try:
                 return await attempt()
             except TryAgain as again:
                 tries += 1
-                await self.wait(again.error, tries, deadline)
+                await self.wait(again, tries, deadline, fail_fast=fail_fast)
 
-    async def wait(self, error: ModelBusError, tries: int, deadline: float) -> None:
-        """Waits before the next try, or raises the error when there is to be none."""
+    async def wait(self, again: TryAgain, tries: int, deadline: float, *, fail_fast: bool = False) -> None:
+        """Waits before the next try, or raises the error when there is to be none.
+
+        Args:
+            deadline: event-loop time after which no further try is made.
+            fail_fast: another worker may do better; only a connection that had grown stale is replaced.
+        """
+        error = again.error
+        if fail_fast:
+            if again.stale and tries == 1:
+                return
+            raise error
         backoff = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (tries - 1)) * random.uniform(0.75, 1.25)
         delay = max(backoff, error.retry_after_s)
         late = asyncio.get_running_loop().time() + delay >= deadline
@@ -162,8 +172,11 @@ class Upstream:
 
     async def _events(self, reader: _Reader, head: bytes) -> AsyncGenerator[bytes, None]:
         parser = EventParser()
-        data = head
+        data, size = head, 0
         while data:
+            size += len(data)
+            if size > _MAX_BODY_BYTES:
+                raise _too_much()
             for name, document in parser.feed(data):
                 if document.strip() == b"[DONE]":
                     reader.ended = True
@@ -176,6 +189,8 @@ class Upstream:
         reader.ended = True
         for _, document in parser.end():
             if document.strip() != b"[DONE]":
+                if not _is_json(document):
+                    raise TryAgain(StreamCut("the provider's answer ended in the middle of an event"))
                 yield document
 
     async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
@@ -240,8 +255,9 @@ class _Response:
             raise _silent(silence - now) from None
         except (aiohttp.ClientError, OSError) as error:
             text = self._secrets.hide(str(error)) or type(error).__name__
-            place = shown_url(end.base_url)
-            raise TryAgain(UpstreamFailed(f"the provider at {place} cannot be reached: {text}")) from None
+            words = f"the provider at {shown_url(end.base_url)} cannot be reached: {text}"
+            stale = not isinstance(error, aiohttp.ClientConnectorError)
+            raise TryAgain(UpstreamFailed(words), stale=stale) from None
         self._reader = reader = _Reader(response, end, limit, self._secrets)
         if 200 <= response.status < 300:
             return reader
@@ -296,7 +312,7 @@ class _Reader:
             parts.append(data)
             size += len(data)
             if size > _MAX_BODY_BYTES:
-                raise UpstreamFailed(f"the provider sent more than {_MAX_BODY_BYTES >> 20} MiB")
+                raise _too_much()
         return b"".join(parts)
 
     async def drain(self) -> None:
@@ -307,6 +323,18 @@ class _Reader:
                     await self._response.content.readany()
         except (TimeoutError, aiohttp.ClientError, OSError):
             return
+
+
+def _is_json(document: bytes) -> bool:
+    try:
+        msgspec.json.decode(document)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _too_much() -> UpstreamFailed:
+    return UpstreamFailed(f"the provider sent more than {_MAX_BODY_BYTES >> 20} MiB for one answer")
 
 
 def _silent(seconds: float) -> UpstreamFailed:

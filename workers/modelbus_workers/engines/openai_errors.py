@@ -26,11 +26,16 @@ _MAX_WORDS = 2000
 
 
 class TryAgain(Exception):
-    """A signal, not a failure: this try ended with ``error``, another one may not."""
+    """A signal, not a failure: this try ended with ``error``, another one may not.
 
-    def __init__(self, error: ModelBusError) -> None:
+    Attributes:
+        stale: the connection was closed when it was used; a new one may be all that is needed.
+    """
+
+    def __init__(self, error: ModelBusError, *, stale: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
+        self.stale = stale
 
 
 class Secrets:

@@ -40,6 +40,12 @@ _FINISH: dict[str, FinishReason] = {
     "content_filter": "content_filter", "sensitive": "content_filter", "safety": "content_filter",
 }  # fmt: skip
 
+#: Characters, about, of one output: what a provider sends at once may be larger than a message on the bus.
+_PIECE_CHARS = 128 << 10
+_LOGPROB_CHARS = 100
+#: A provider may cut tokens into several chunks; one that sends so many more than were asked for does not end.
+_CHUNKS_PER_TOKEN, _CHUNKS_MORE = 4, 1024
+
 #: What a log probability of zero chance is in the API.
 _NEVER = -9999.0
 
@@ -204,8 +210,11 @@ def decode_chunk(document: bytes, hide: Callable[[str], str]) -> Chunk | None:
 class AnswerReader:
     """Turns the chunks of one answer into outputs and knows when it is complete."""
 
-    def __init__(self, task: Chat | Completion) -> None:
+    def __init__(self, task: Chat | Completion, *, context_length: int = 0) -> None:
         self._task = task
+        longest = task.sampling.max_tokens or context_length
+        self._most_chunks = longest * _CHUNKS_PER_TOKEN + _CHUNKS_MORE if longest else 0
+        self._chunks: dict[int, int] = {}
         self._choices = task.sampling.n * (len(task.prompt) if isinstance(task, Completion) else 1)
         self._finished: dict[int, FinishReason] = {}
         self._texts: dict[int, list[str]] = {}
@@ -271,6 +280,9 @@ class AnswerReader:
             self._finished[index] = reason
         # Nobody knows the tokens of a chunk whose ids and log probabilities are not told; one is the usual number.
         tokens = len(logprobs) or int(any(said))
+        self._chunks[index] = self._chunks.get(index, 0) + 1
+        if 0 < self._most_chunks < self._chunks[index]:
+            raise UpstreamFailed(f"the provider does not end the answer: {self._chunks[index]} chunks so far")
         return Output(
             choice=index, text=text, token_ids=choice.token_ids or [], tokens=-1 if choice.token_ids else tokens,
             finish_reason=reason, reasoning=reasoning, tool_calls=tool_calls, logprobs=logprobs,
@@ -317,6 +329,31 @@ class AnswerReader:
             cached_tokens=prompt_details.cached_tokens or usage.prompt_cache_hit_tokens or 0,
             reasoning_tokens=details.reasoning_tokens or 0,
         )
+
+
+def pieces(output: Output) -> list[Output]:
+    """The output, in several if it is a large one."""
+    chars = len(output.text) + len(output.reasoning) + len(output.refusal) + len(output.logprobs) * _LOGPROB_CHARS
+    if chars + sum(len(call.arguments) for call in output.tool_calls) <= _PIECE_CHARS:
+        return [output]
+    found = [Output(choice=output.choice, reasoning=part, tokens=0) for part in _parts(output.reasoning)]
+    found += [Output(choice=output.choice, text=part, tokens=0) for part in _parts(output.text)]
+    found += [Output(choice=output.choice, refusal=part, tokens=0) for part in _parts(output.refusal)]
+    for at in range(0, len(output.logprobs), _PIECE_CHARS // _LOGPROB_CHARS):
+        some = output.logprobs[at : at + _PIECE_CHARS // _LOGPROB_CHARS]
+        found.append(Output(choice=output.choice, logprobs=some, tokens=0))
+    for call in output.tool_calls:
+        first, *more = _parts(call.arguments) or [""]
+        calls = [msgspec.structs.replace(call, arguments=first)]
+        calls += [ToolCallDelta(index=call.index, arguments=part) for part in more]
+        found += [Output(choice=output.choice, tool_calls=[part], tokens=0) for part in calls]
+    found[0] = msgspec.structs.replace(found[0], token_ids=output.token_ids, tokens=output.tokens)
+    found[-1] = msgspec.structs.replace(found[-1], finish_reason=output.finish_reason)
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    return [text[at : at + _PIECE_CHARS] for at in range(0, len(text), _PIECE_CHARS)]
 
 
 class _Vector(msgspec.Struct):

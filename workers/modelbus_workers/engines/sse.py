@@ -14,17 +14,21 @@ class EventParser:
     """Feed it bytes, get (event name, data) of every event that is whole."""
 
     def __init__(self) -> None:
-        self._rest = b""
         self._name = ""
         self._data: list[bytes] = []
-        self._size = 0
+        self._size = 0  #: bytes of them
+        self._line: list[bytes] = []  #: pieces of the line whose end has not come
+        self._line_size = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[str, bytes]]:
-        """Raises UpstreamFailed for an event without end."""
-        lines = (self._rest + data).split(b"\n")
-        self._rest = lines.pop()
-        if self._size + len(self._rest) > _MAX_EVENT_BYTES:
-            raise UpstreamFailed("the provider sent an event without end")
+        """Raises UpstreamFailed for an event that is too large, before the whole of it has come."""
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = self._end_line() + lines[0]
+        self._line.append(rest)
+        self._line_size += len(rest)
+        if self._size + self._line_size > _MAX_EVENT_BYTES:
+            raise UpstreamFailed(f"the provider sent an event of more than {_MAX_EVENT_BYTES >> 20} MiB")
         for line in lines:
             line = line.removesuffix(b"\r")
             if line:
@@ -36,11 +40,15 @@ class EventParser:
 
     def end(self) -> Iterator[tuple[str, bytes]]:
         """The last event, when the stream ended without a blank line after it."""
-        if self._rest:
-            self._take(self._rest.removesuffix(b"\r"))
-            self._rest = b""
+        if rest := self._end_line():
+            self._take(rest.removesuffix(b"\r"))
         if self._data:
             yield self._event()
+
+    def _end_line(self) -> bytes:
+        line = b"".join(self._line)
+        self._line, self._line_size = [], 0
+        return line
 
     def _take(self, line: bytes) -> None:
         field, _, value = line.partition(b":")
