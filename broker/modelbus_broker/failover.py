@@ -69,7 +69,7 @@ def next_attempt(
     """
     changes: dict[str, object] = {}
     if end.failure is not None:
-        rescue = _rescue(request, end, workers)
+        rescue = _rescue(request, end, progress, workers)
         if rescue is None or budget_ms < LEAST_BUDGET_MS:
             return GiveUp(end.failure)
         changes = rescue
@@ -98,7 +98,9 @@ def next_attempt(
     )
 
 
-def _rescue(request: Request, end: RunEnd, workers: Sequence[WorkerRecord]) -> dict[str, object] | None:
+def _rescue(
+    request: Request, end: RunEnd, progress: Progress, workers: Sequence[WorkerRecord]
+) -> dict[str, object] | None:
     """What changes in the request when a worker has failed, so that another one takes it; None: nobody is left."""
     if request.rescues >= MAX_RESCUES:
         return None
@@ -112,9 +114,9 @@ def _rescue(request: Request, end: RunEnd, workers: Sequence[WorkerRecord]) -> d
     if untried:
         return {"avoid": list(avoid), "rescues": request.rescues + 1}
     assert end.failure is not None
-    if request.fail_fast and end.failure.status != 504:
-        # All have failed at their first try. Once more, with the patience of a worker that is the only one; a
-        # provider that was silent was waited for already.
+    if (request.fail_fast or progress.output) and end.failure.status != 504:
+        # All have failed at their first try, or in the middle, where a worker does not begin anew by itself. Once more,
+        # with the patience of a worker that is the only one; a provider that was silent was waited for already.
         return {"avoid": [], "rescues": MAX_RESCUES, "fail_fast": False}
     return None
 

@@ -96,6 +96,7 @@ class _Linger:
         self.credits = 0
         self.heard = time.monotonic()
         self.broken = ""
+        self.withdrawn = asyncio.Event()
 
 
 class Puller:
@@ -147,6 +148,15 @@ class Puller:
     def wake(self) -> None:
         """Looks again at the free slots: one was taken or released."""
         self._wake.set()
+
+    async def pause(self, consumer: str, seconds: float) -> None:
+        """Takes nothing from a consumer for so long. Returns when its waiting pull is withdrawn."""
+        self._retry_at[consumer] = time.monotonic() + seconds
+        linger = self._lingering.get(consumer)
+        if linger is not None:
+            linger.broken = "paused"
+            self._wake.set()
+            await linger.withdrawn.wait()
 
     async def _on_reconnect(self) -> None:
         # The server has forgotten our pulls, or never saw us leave: arm anew, on inboxes of their own.
@@ -233,6 +243,8 @@ class Puller:
         """Takes waiting pulls back; what the server sent before it knew still arrives."""
         lingers = [self._lingering.pop(name) for name in consumer_names]
         await asyncio.gather(*(linger.subscription.drain() for linger in lingers if linger.subscription))
+        for linger in lingers:
+            linger.withdrawn.set()
 
     # Asking without waiting
 

@@ -136,3 +136,12 @@ def test_rescues_are_few_and_need_time() -> None:
 def test_a_failure_in_a_stream_that_a_client_has_seen_is_the_end() -> None:
     assert decide(request(), failed(), SHOWN, worker("a"), worker("b")) == GiveUp(REFUSED)
     assert isinstance(decide(request(), failed(), HIDDEN, worker("a"), worker("b")), Again)
+
+
+def test_an_answer_that_broke_off_unseen_is_made_once_more_where_there_is_one_worker() -> None:
+    match decide(request(), failed(), HIDDEN, worker("a")):
+        case Again(follower):
+            assert follower.avoid == []
+            assert decide(follower, failed(), HIDDEN, worker("a")) == GiveUp(REFUSED)
+        case other:
+            raise AssertionError(other)

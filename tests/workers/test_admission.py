@@ -34,7 +34,7 @@ def request(**fields: object) -> Request:
         (request(compat="c2"), {}, "give_back"),
         (request(compat="c1"), {}, "run"),
         (request(crashes=3), {"now_ms": 2_001.0}, "expire"),
-        (request(avoid=["w1"]), {"worker": "w1"}, "give_back"),
+        (request(avoid=["w1"]), {"worker": "w1"}, "leave"),
         (request(avoid=["w1"]), {"worker": "w2"}, "run"),
         (request(avoid=["w1"]), {"worker": "w1", "now_ms": 1_500.0}, "run"),
     ],

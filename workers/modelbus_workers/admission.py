@@ -11,7 +11,7 @@ from modelbus_broker.messages import Request
 class Decision(msgspec.Struct, frozen=True):
     """What to do, and why, in words for the client or the dead letter."""
 
-    action: Literal["run", "expire", "give_back", "dead", "done"]
+    action: Literal["run", "expire", "give_back", "leave", "dead", "done"]
     why: str = ""
     delay_ms: int = 0  #: of a give_back: where this very worker would get it again at once
 
@@ -33,7 +33,6 @@ def decide(
     free: int,
     ended: bool,
     worker: str = "",
-    delivery: int = 1,
 ) -> Decision:
     """Judges one delivery.
 
@@ -46,7 +45,6 @@ def decide(
         free: slots that are free now.
         ended: this worker has already answered this attempt.
         worker: the id of this worker.
-        delivery: how often the message was delivered, this time included.
     """
     if ended:
         return Decision("done", "it was answered here before its acknowledgement was stored")
@@ -59,8 +57,7 @@ def decide(
     if request.compat and request.compat != compat:
         return Decision("give_back", f"it can only go on where the compat is {request.compat}", 200)
     if worker in request.avoid and now_ms < stored_ms + min(AVOID_MS, request.budget_ms / 2):
-        # Another worker that waits has it in no time; one that is busy does not.
-        return Decision("give_back", "it failed here, others may do it", 0 if delivery < 3 else 200)
+        return Decision("leave", "it failed here, others may do it")
     if free <= 0:
         return Decision("give_back", "no slot is free")
     return RUN

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 import msgspec
 from modelbus_broker import names
@@ -37,6 +37,8 @@ from .outbox import Outbox
 log = logging.getLogger(__name__)
 
 GO_WAIT_S = 0.3
+#: A worker that leaves a request to others does not look at its consumer for so long.
+LEAVE_S = 1.0
 ENDED_KEPT = 20_000  #: how many answered attempts a worker remembers
 
 
@@ -49,6 +51,7 @@ class Intake:
         closed: takes nothing new; what comes is given back.
         executions: held and running requests, by run key.
         wake: called when a slot is free again.
+        pause: takes nothing from a consumer for so many seconds.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Intake:
         self.closed = False
         self.executions: dict[str, Execution] = {}
         self.wake: Callable[[], None] = _nothing
+        self.pause: Callable[[str, float], Awaitable[None]] = _no_pause
         self.total = self.failed = 0
         self.last_work_ms = 0
         self._runs = Bucket(bus, names.BUCKET_RUNS)
@@ -104,7 +108,6 @@ class Intake:
             free=self.free(),
             ended=names.message_id(request.id, request.attempt) in self._ended,
             worker=self.id,
-            delivery=pulled.delivery,
         )
         match decision.action:
             case "run":
@@ -114,6 +117,8 @@ class Intake:
                 delay_ns = decision.delay_ms * 1_000_000
                 body = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
                 self._spawn(self._answer(pulled, body))
+            case "leave":
+                self._spawn(self._leave(pulled))
             case "done":
                 self._spawn(self._answer(pulled, b"+ACK"))
             case "expire":
@@ -230,6 +235,11 @@ class Intake:
         with contextlib.suppress(BusUnavailable):
             await self.bus.publish(pulled.ack_subject, body)
 
+    async def _leave(self, pulled: Pulled) -> None:
+        """Gives a message back and asks that consumer for nothing, so that another worker gets it."""
+        await self.pause(pulled.consumer, LEAVE_S)
+        await self._answer(pulled, b"-NAK")
+
     async def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
         """Ends a request that was not run: the client hears why, then the message goes."""
         run = names.run_name(request.attempt, pulled.delivery, self.id)
@@ -272,3 +282,7 @@ class Intake:
 
 def _nothing() -> None:
     """Nobody is woken before the worker pulls."""
+
+
+async def _no_pause(_consumer: str, _seconds: float) -> None:
+    """Nothing is pulled yet."""

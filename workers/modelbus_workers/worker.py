@@ -142,7 +142,7 @@ class Worker:
             take=intake.take,
             priority=self.deployment.priority,
         )
-        intake.wake = self._puller.wake
+        intake.wake, intake.pause = self._puller.wake, self._puller.pause
         garbage.settle()
         await self.set_state("ok")
         await self._puller.start()

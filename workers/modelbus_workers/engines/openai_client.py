@@ -27,6 +27,8 @@ _CONNECT_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
 #: A provider that asks for more patience than this is not waited for: another worker may have it sooner.
 _PATIENCE_S = 60.0
+#: How often it is looked whether a silent connection is still there.
+_LOOK_S = 0.5
 _MAX_BODY_BYTES = 64 << 20
 _EVENT_STREAM = re.compile(rb"(data|event|id|retry)?:")
 
@@ -294,17 +296,26 @@ class _Reader:
 
     async def read(self) -> bytes:
         """The bytes that are there; b"" at the end."""
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         silence = self._endpoint.stall_timeout_s if self.spoke else self._endpoint.first_byte_timeout_s
-        until = min(now + silence, self._limit)
-        try:
-            async with asyncio.timeout_at(until):
-                return await self._response.content.readany()
-        except TimeoutError:
-            raise _silent(until - now) from None
-        except (aiohttp.ClientError, OSError) as error:
-            text = self._secrets.hide(str(error)) or type(error).__name__
-            raise TryAgain(StreamCut(f"the connection to the provider was cut: {text}")) from None
+        until = min(began + silence, self._limit)
+        while True:
+            try:
+                async with asyncio.timeout_at(min(until, loop.time() + _LOOK_S)):
+                    return await self._response.content.readany()
+            except TimeoutError:
+                if loop.time() >= until:
+                    raise _silent(until - began) from None
+                # aiohttp closes a connection on which something else than HTTP has come, and tells nobody.
+                if self._is_closed():
+                    raise _cut("what came is no HTTP") from None
+            except (aiohttp.ClientError, OSError) as error:
+                raise _cut(self._secrets.hide(str(error)) or type(error).__name__) from None
+
+    def _is_closed(self) -> bool:
+        connection = self._response.connection
+        return connection is None or connection.transport is None or connection.transport.is_closing()
 
     async def rest(self, head: bytes) -> bytes:
         parts, size = [head], len(head)
@@ -331,6 +342,10 @@ def _is_json(document: bytes) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
     return True
+
+
+def _cut(why: str) -> TryAgain:
+    return TryAgain(StreamCut(f"the connection to the provider was cut: {why}"))
 
 
 def _too_much() -> UpstreamFailed:
