@@ -211,6 +211,8 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 *(f"$JS.API.STREAM.MSG.DELETE.{stream}" for stream in _QUEUES),  # cancelling
                 "$JS.API.INFO",
                 "$JS.API.STREAM.INFO.*",
+                *(f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in _QUEUES),  # how full a queue is, and whether it moves
+                *(f"$JS.API.CONSUMER.LIST.{stream}" for stream in _QUEUES),
                 *_reads((*_REGISTRY, *_CLIENT_BUCKETS)),
                 *_reads_blobs(),
                 f"$JS.API.DIRECT.GET.{names.STREAM_OUT}",

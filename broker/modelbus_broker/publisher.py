@@ -53,6 +53,7 @@ from .messages import (
 )
 from .reception import Verdict
 from .registry import Registry
+from .standstill import StandstillWatch
 from .storing import Publication, PublisherSettings, Storing
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,9 @@ class Publisher:
         self.id = names.new_publisher_id(kind)
         #: Messages per model token in the queues when last polled.
         self.depths: dict[str, int] = {}
+        self.standstill = StandstillWatch(
+            bus, registry, lambda: self._per_model, after_s=self.settings.stuck_after_s
+        )  #: of the queues that this publisher waits for
         self._storing = Storing(bus, self.settings, self._spawn)
         self._calls: dict[str, Call] = {}
         self._per_model: dict[str, int] = {}
@@ -123,6 +127,7 @@ class Publisher:
         self._background = [
             asyncio.create_task(self._watch(), name="publisher-watch"),
             asyncio.create_task(self._poll_depths(), name="publisher-depths"),
+            asyncio.create_task(self.standstill.run(), name="publisher-standstill"),
         ]
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ from . import names
 from .connection import Bus, JetStreamError, Msg, NoResponders, parse_puback
 from .errors import BusUnavailable, ModelBusError, QueueFull
 from .messages import Accepted, Request
+from .standstill import STUCK_S
 
 #: Without an answer for so long a request is sent again.
 AGAIN_S = 2.0
@@ -33,6 +34,7 @@ class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
     dedupe: bool = True  #: a message id, so that a retried publish is stored once
     expiry: bool = True  #: a TTL, so that nothing lies in a queue long after its deadline
     accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
+    stuck_after_s: float = STUCK_S  #: a queue that stands still for so long is told of
 
 
 class Publication:

@@ -182,6 +182,7 @@ async def metrics(request: web.Request) -> web.Response:
         pass  # the last known ones stay
     else:
         gateway.metrics.queued({name: depths.get(names.model_token(name), 0) for name in gateway.registry.models()})
+    gateway.metrics.stuck(gateway.registry.models(), gateway.publisher.standstill.standing)
     return web.Response(
         body=gateway.metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     )

@@ -7,6 +7,7 @@ With ``--processes`` the parent gives all processes one folder (``PROMETHEUS_MUL
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Iterable
 
 from modelbus_broker.messages import Usage
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -45,6 +46,10 @@ class Metrics:
             "modelbus_queue_depth", "Requests that wait in a model's queue.", ["model"], registry=self.registry,
             multiprocess_mode="livemostrecent",
         )  # fmt: skip
+        self._stuck = Gauge(
+            "modelbus_queue_stuck", "1: requests and pulls wait in a model's queue and nothing is delivered.", ["model"],
+            registry=self.registry, multiprocess_mode="livemax",
+        )  # fmt: skip
         self._request_children: dict[tuple[str, str, int], Counter] = {}
         self._seconds_children: dict[tuple[str, str], Histogram] = {}
         self._first_children: dict[str, Histogram] = {}
@@ -78,6 +83,10 @@ class Metrics:
     def queued(self, depths: dict[str, int]) -> None:
         for model, depth in depths.items():
             self._queued.labels(model).set(depth)
+
+    def stuck(self, models: Iterable[str], standing: Container[str]) -> None:
+        for model in models:
+            self._stuck.labels(model).set(model in standing)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads: of all processes, when there are several."""

@@ -41,6 +41,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int = 0  #: tokens; 0 = not known
     deployments: list[str] = []
     total_requests: int = 0
+    stuck: bool = False  #: requests and workers wait for each other: the bus delivers nothing
 
 
 def worker_order(worker: WorkerRecord) -> tuple[str, int, str]:
@@ -66,7 +67,12 @@ def model_stat(workers: Sequence[WorkerRecord], *, now_ms: int) -> ModelStat:
 
 
 def model_info(
-    model: str, deployments: Sequence[Deployment], workers: Sequence[WorkerRecord], *, queued: int = 0
+    model: str,
+    deployments: Sequence[Deployment],
+    workers: Sequence[WorkerRecord],
+    *,
+    queued: int = 0,
+    stuck: bool = False,
 ) -> ModelInfo:
     """One row of the list of models."""
     ready = [worker for worker in workers if worker.state == "ok"]
@@ -84,6 +90,7 @@ def model_info(
         ),
         deployments=sorted(deployment.name for deployment in deployments),
         total_requests=sum(worker.total_requests for worker in ready),
+        stuck=stuck,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from modelbus_broker.errors import BusUnavailable, ConfigurationError
 from modelbus_broker.messages import Deployment
 from modelbus_broker.settings import BusSettings
+from modelbus_gateway.metrics import Metrics
 from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
 from prometheus_client.parser import text_string_to_metric_families
@@ -276,6 +277,15 @@ async def test_metrics_count_requests_tokens_and_queues(echo_url: str, http: aio
     assert samples["modelbus_gateway_in_flight",] == 1
     assert ("modelbus_queue_depth", "echo") in samples
     assert "made-up-name" not in text
+    assert samples["modelbus_queue_stuck", "echo"] == 0
+
+
+async def test_a_queue_that_stands_still_is_in_the_metrics() -> None:
+    metrics = Metrics()
+    metrics.stuck(["moves", "stands"], {"stands": 12.0})
+    text = metrics.exposition().decode()
+    assert 'modelbus_queue_stuck{model="stands"} 1.0' in text
+    assert 'modelbus_queue_stuck{model="moves"} 0.0' in text
 
 
 async def test_a_gateway_without_a_bus_says_so() -> None:

@@ -132,14 +132,17 @@ async def _show(address: str, creds: str, model: str, as_json: bool, interval_s:
 
 
 async def _infos(now: Session) -> list[ModelInfo]:
+    from modelbus_broker.standstill import standing_models
     from modelbus_broker.topology import queued
 
     registry = now.registry
+    waiting = {name: await queued(now.bus, name) for name in registry.models()}
+    stuck = await standing_models(now.bus, registry, [name for name, count in waiting.items() if count])
     return [
         model_info(
-            name, registry.deployments_of(name), registry.workers_of(name, ""), queued=await queued(now.bus, name)
+            name, registry.deployments_of(name), registry.workers_of(name, ""), queued=count, stuck=name in stuck
         )
-        for name in registry.models()
+        for name, count in waiting.items()
     ]
 
 
@@ -155,7 +158,8 @@ def _print_models(infos: list[ModelInfo], as_json: bool) -> None:
         ("model", "engine", "workers", "busy", "queued", "requests", "tasks", "context"),
         (
             (
-                info.model, info.engine, f"{info.workers} of {info.wanted}", f"{info.busy} of {info.slots}", info.queued,
+                info.model, info.engine, f"{info.workers} of {info.wanted}", f"{info.busy} of {info.slots}",
+                f"{info.queued} STUCK" if info.stuck else info.queued,
                 info.total_requests, ", ".join(info.tasks), info.context_length or "?",
             )
             for info in infos
