@@ -32,7 +32,7 @@ piped or with `--json`; progress and errors go to standard error.
 | 1 | failed |
 | 2 | wrong usage, or a value that cannot be |
 | 3 | no bus, or nothing runs on this host |
-| 4 | no model of that name |
+| 4 | no model, request or dead letter of that name |
 | 130 | interrupted by Ctrl-C |
 """
 
@@ -58,14 +58,18 @@ def command_line_page() -> str:
     """docs/cli.md as it should be."""
     # The width of the help would be the terminal's.
     os.environ["COLUMNS"] = "100"
-    context = click.Context(cli, info_name="modelbus")
-    parts = [_HEAD]
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
+    return "\n".join([_HEAD, *command_help(cli, click.Context(cli, info_name="modelbus"))])
+
+
+def command_help(group: click.Group, context: click.Context) -> Iterator[str]:
+    """A section for each command, those of a group after the group's own."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         assert command is not None
-        help_text = command.get_help(click.Context(command, parent=context, info_name=name, max_content_width=100))
-        parts.append(f"## modelbus {name}\n\n```text\n{help_text.rstrip()}\n```\n")
-    return "\n".join(parts)
+        own = click.Context(command, parent=context, info_name=name, max_content_width=100)
+        yield f"## {own.command_path}\n\n```text\n{command.get_help(own).rstrip()}\n```\n"
+        if isinstance(command, click.Group):
+            yield from command_help(command, own)
 
 
 def replace(text: str, name: str, part: str) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 
-import msgspec
-
 from . import names
-from .connection import Bus, Msg, parse_puback, status_of
+from .connection import Bus, Msg, parse_puback
 from .errors import BusUnavailable, NotFound
 from .messages import BlobRef
+from .reading import read_stream
 
 #: Requests up to this many bytes travel inside their message.
 INLINE_LIMIT = 512 * 1024
@@ -34,7 +33,21 @@ async def put_blob(bus: Bus, name: str, data: bytes) -> BlobRef:
         BusUnavailable: the store does not answer.
         JetStreamError: it is full.
     """
-    subject = _subject(name)
+    return await put_chunks(bus, _subject(name), name, data)
+
+
+async def get_blob(bus: Bus, ref: BlobRef) -> bytes:
+    """Reads a blob in batches.
+
+    Raises:
+        NotFound: it is not there, or not whole.
+        BusUnavailable: the store does not answer.
+    """
+    return await get_chunks(bus, _STREAM, _subject(ref.name), ref)
+
+
+async def put_chunks(bus: Bus, subject: str, name: str, data: bytes) -> BlobRef:
+    """Stores bytes as messages on a subject of their own, in whichever stream covers it; raises as ``put_blob``."""
     for start in range(0, max(len(data), 1), CHUNK * _WINDOW):
         acks: list[tuple[str, asyncio.Future[Msg]]] = []
         for at in range(start, min(start + CHUNK * _WINDOW, max(len(data), 1)), CHUNK):
@@ -53,51 +66,19 @@ async def put_blob(bus: Bus, name: str, data: bytes) -> BlobRef:
     return BlobRef(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-async def get_blob(bus: Bus, ref: BlobRef) -> bytes:
-    """Reads a blob in batches.
-
-    Raises:
-        NotFound: it is not there, or not whole.
-        BusUnavailable: the store does not answer.
-    """
-    subject = _subject(ref.name)
-    chunks: dict[int, bytes] = {}
-    sequence = 1
-    while sum(map(len, chunks.values())) < ref.size:
-        batch = await _get_batch(bus, subject, sequence)
-        if not batch:
+async def get_chunks(bus: Bus, stream: str, subject: str, ref: BlobRef) -> bytes:
+    """Reads what ``put_chunks`` stored; raises as ``get_blob``."""
+    chunks: list[bytes] = []
+    size = 0
+    async for message in read_stream(bus, stream, subject, batch=_WINDOW):
+        chunks.append(message.data)
+        size += len(message.data)
+        if size >= ref.size:
             break
-        chunks.update(batch)
-        sequence = max(batch) + 1
-    data = b"".join(chunks[seq] for seq in sorted(chunks))
+    data = b"".join(chunks)
     if len(data) != ref.size or hashlib.sha256(data).hexdigest() != ref.sha256:
         raise NotFound(f"the blob {ref.name} is gone: {len(data)} of {ref.size} bytes are there")
     return data
-
-
-async def _get_batch(bus: Bus, subject: str, sequence: int) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
-    over = asyncio.Event()
-
-    def take(msg: Msg) -> None:
-        headers = msg.headers or {}
-        if status_of(msg) and "Nats-Subject" not in headers:
-            over.set()
-        else:
-            found[int(headers["Nats-Sequence"])] = msg.data
-
-    inbox = bus.new_inbox()
-    subscription = await bus.subscribe(inbox, take)
-    try:
-        body = {"batch": _WINDOW, "seq": sequence, "next_by_subj": subject}
-        await bus.publish(f"$JS.API.DIRECT.GET.{_STREAM}", msgspec.json.encode(body), reply=inbox)
-        async with asyncio.timeout(10):
-            await over.wait()
-    except TimeoutError as error:
-        raise BusUnavailable("the blob store does not answer") from error
-    finally:
-        await subscription.unsubscribe()
-    return found
 
 
 async def delete_blob(bus: Bus, ref: BlobRef) -> None:

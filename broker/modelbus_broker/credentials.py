@@ -209,6 +209,7 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 "mb.logs",
                 *_acks(),  # a lost run's message is terminated by its publisher
                 *(f"$JS.API.STREAM.MSG.DELETE.{stream}" for stream in _QUEUES),  # cancelling
+                *(f"$JS.API.DIRECT.GET.{stream}" for stream in _QUEUES),  # looking for what to cancel
                 "$JS.API.INFO",
                 "$JS.API.STREAM.INFO.*",
                 *(f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in _QUEUES),  # how full a queue is, and whether it moves

@@ -27,6 +27,7 @@ class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
     compat: str = ""  #: of the worker
     crashed: bool = False  #: the engine had the request when the worker was lost
     failure: ModelBusError | None = None  #: the worker lives and failed; another one may not
+    run: str = ""  #: its name
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +79,7 @@ def next_attempt(
         attempt=attempt,
         lane="re",
         crashes=request.crashes + end.crashed,
+        lost_runs=[*request.lost_runs, end.run] if end.run else request.lost_runs,
         budget_ms=max(LEAST_BUDGET_MS, budget_ms),
         compat="",
         output_token_ids=[],

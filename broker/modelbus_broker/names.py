@@ -8,6 +8,7 @@
 | ``mb.gw.<publisher>`` | alive messages, with a reply inbox; no stream covers it |
 | ``mb.ctl.<worker or publisher>`` | control messages |
 | ``mb.find`` | who runs this id? |
+| ``mb.dead.<model>`` | dead letters; a large body lies one token below |
 
 A subject token has no dots, blanks or wildcards, so a model's name becomes a slug plus a hash of the name:
 two names that look alike never share a queue.
@@ -91,6 +92,11 @@ def control_subject(who: str) -> str:
 
 def dead_subject(model: str) -> str:
     return f"mb.dead.{model_token(model)}"
+
+
+def dead_body_subject(model: str, name: str) -> str:
+    """Where the body of a dead letter lies that is too large for a message."""
+    return f"{dead_subject(model)}.{name}"
 
 
 def consumer_name(model: str, lane: str, share_or_compat: int | str) -> str:

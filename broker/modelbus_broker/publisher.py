@@ -436,9 +436,9 @@ class Publisher:
     def _lost(self, call: Call, why: str) -> None:
         """The worker of the run that counts is gone, or no longer has it."""
         if call.accepted is not None:
-            worker = names.parse_run(call.accepted.run)[2]
-            compat = call.accepted.compat
-            self._follow(call, RunEnd(worker=worker, why=why, compat=compat, crashed=call.engine_started))
+            run, compat = call.accepted.run, call.accepted.compat
+            worker = names.parse_run(run)[2]
+            self._follow(call, RunEnd(worker=worker, why=why, compat=compat, crashed=call.engine_started, run=run))
 
     def run_failed(self, call: Call, frame: Failed) -> None:
         """The worker of the run that counts says that it cannot answer."""
@@ -446,7 +446,7 @@ class Publisher:
         if frame.retry:
             compat = call.accepted.compat if call.accepted else ""
             worker = names.parse_run(frame.run)[2]
-            self._follow(call, RunEnd(worker=worker, why=error.message, compat=compat, failure=error))
+            self._follow(call, RunEnd(worker=worker, why=error.message, compat=compat, failure=error, run=frame.run))
         else:
             call.fail(error)
 

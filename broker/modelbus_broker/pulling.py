@@ -45,6 +45,7 @@ class Pulled(msgspec.Struct, frozen=True):
     delivery: int  #: 1 at the first delivery
     seq: int  #: in the stream
     stored_ms: float  #: Unix time when the stream stored it, by the server's clock
+    headers: dict[str, str] | None = None
 
 
 def parse_ack_subject(ack_subject: str) -> tuple[str, str, int, int, int]:
@@ -312,5 +313,16 @@ class Puller:
         stream, name, delivery, seq, stored_ns = parse_ack_subject(msg.reply)
         self.pulled += 1
         self._take(
-            Pulled(msg.subject, msg.data, msg.reply, stream, name, consumer.lane, delivery, seq, stored_ns / 1e6)
+            Pulled(
+                msg.subject,
+                msg.data,
+                msg.reply,
+                stream,
+                name,
+                consumer.lane,
+                delivery,
+                seq,
+                stored_ns / 1e6,
+                msg.headers,
+            )
         )

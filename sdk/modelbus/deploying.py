@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from modelbus_broker.buckets import Bucket
-from modelbus_broker.connection import status_of
+from modelbus_broker.dead import bury_waiting
 from modelbus_broker.errors import (
     ConfigurationError,
     Conflict,
@@ -29,7 +29,6 @@ from modelbus_broker.messages import (
     Chat,
     ChatMessage,
     Completion,
-    DeadLetter,
     Deployment,
     Embedding,
     NodeRecord,
@@ -39,7 +38,6 @@ from modelbus_broker.messages import (
     WorkerRecord,
     decode_claim,
     decode_deployment,
-    decode_request,
     encode,
 )
 from modelbus_broker.names import (
@@ -47,17 +45,12 @@ from modelbus_broker.names import (
     BUCKET_DEPLOYMENTS,
     BUCKET_FAILURES,
     BUCKET_WORKERS,
-    dead_subject,
     deployment_key,
-    message_id,
-    publisher_of,
     random_token,
-    response_subject,
-    run_name,
 )
 from modelbus_broker.publisher import CallOptions
 from modelbus_broker.sealing import seal
-from modelbus_broker.topology import declare_bus, declare_model, model_subjects, queued, remove_model, running
+from modelbus_broker.topology import declare_bus, declare_model, queued, remove_model, running
 
 from .answers import collect
 from .spec import DeploySpec, EngineChoice, engine_choice
@@ -180,7 +173,7 @@ async def undeploy(
     on_progress("stopping the workers")
     for deployment in deployments:
         await _gone(bus, registry, deployment.name)
-    dropped = await _bury(bus, model)
+    dropped = await bury_waiting(bus, model)
     await remove_model(bus, model)
     for deployment in deployments:
         await _forget_failures(bus, deployment.name)
@@ -414,40 +407,6 @@ async def _ended(bus: Bus, registry: Registry, deployment: str) -> None:
         if not alive and not await _claimed(bus, registry, deployment):
             return
         await registry.changed(0.5)
-
-
-async def _bury(bus: Bus, model: str) -> int:
-    """Moves what still waits to the dead letters, tells those who wait for it, and says how many there were."""
-    count = 0
-    for stream, subject in model_subjects(model):
-        seq = 0
-        while True:
-            body = msgspec.json.encode({"seq": seq + 1, "next_by_subj": subject})
-            msg = await bus.request(f"$JS.API.DIRECT.GET.{stream}", body)
-            if status_of(msg) or msg.headers is None:
-                break
-            seq = int(msg.headers["Nats-Sequence"])
-            await _bury_one(bus, model, msg.headers["Nats-Subject"], msg.data)
-            count += 1
-    return count
-
-
-async def _bury_one(bus: Bus, model: str, subject: str, original: bytes) -> None:
-    request = decode_request(original)
-    letter = DeadLetter(
-        id=request.id,
-        model=model,
-        reason="undeployed",
-        crashes=request.crashes,
-        original=original,
-        subject=subject,
-        at_ms=time.time_ns() // 1_000_000,
-    )
-    await bus.js_publish(dead_subject(model), encode(letter), msg_id=f"{message_id(request.id, request.attempt)}.dead")
-    error = ModelNotFound(f"model {model!r} was undeployed while the request waited")
-    # No worker has this run: a first frame under a name of our own makes it the one that counts.
-    frame = error.failed(id=request.id, run=run_name(request.attempt, 1, "undeploy"), seq=0)
-    await bus.publish(response_subject(publisher_of(request.id), "undeploy"), encode([frame]))
 
 
 async def _claimed(bus: Bus, registry: Registry, deployment: str) -> bool:

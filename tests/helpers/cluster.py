@@ -27,6 +27,7 @@ class WorkerProcess:
 
     def __init__(self, job: WorkerJob, log_file: Path) -> None:
         self.id = job.worker_id
+        self.deployment = job.deployment
         self.log_file = log_file
         with log_file.open("ab") as log:
             self.process = subprocess.Popen(

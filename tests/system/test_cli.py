@@ -378,3 +378,25 @@ def test_the_shell_can_complete_commands_and_flags() -> None:
 
 def test_the_version_is_printed() -> None:
     assert modelbus_ok("version").out.strip() == sdk.__version__
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(head: Path) -> None:
+    modelbus_ok("deploy", *ECHO, "--model", "chat", "--infer_params", "fail=every:2", "fail_text=out of luck")
+    # The first request was the deploy's own.
+    asked = [modelbus("query", "--model", "chat", "--query", word).code for word in ("one", "fine", "two")]
+    assert asked == [1, 0, 1]
+
+    first, second = modelbus_ok("dead", "list").json()
+    shown = modelbus_ok("dead", "show", first["id"]).json()
+    replayed = modelbus_ok("dead", "replay", first["id"]).json()
+    left = modelbus_ok("dead", "list", "--model", "chat").json()
+
+    assert (first["reason"], first["model"], len(first["runs"])) == ("engine_failed", "chat", 1)
+    assert "out of luck" in first["detail"]
+    assert shown["request"]["task"]["messages"][0]["content"] == "one"
+    assert replayed["answers"] == ["one"] and replayed["replays"] == first["id"] != replayed["id"]
+    assert left == [second]
+    assert modelbus("dead", "replay", first["id"]).code == 4
+    assert modelbus("dead", "drop").code == 2
+    assert modelbus_ok("dead", "drop", str(second["number"])).json() == {"dropped": 1}
+    assert modelbus_ok("dead", "drop", "--all").json() == {"dropped": 0}

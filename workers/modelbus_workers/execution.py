@@ -44,7 +44,7 @@ class Execution:
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "expired", "go", "pulled", "request", "ring", "run", "seq", "started_at",
+        "began", "cancelled", "counts", "deadline", "expired", "failure", "go", "pulled", "request", "ring", "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
 
@@ -61,6 +61,7 @@ class Execution:
         self.cancelled = False
         self.expired = False
         self.stop_reason = ""
+        self.failure = ""  #: the error that it ended with, in words
         self.counts = True
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
@@ -136,6 +137,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     finally:
         timer.cancel()
     execution.state = "ended"
+    execution.failure = error.message
     spent = usage.usage()
     if execution.counts:
         outbox.send(

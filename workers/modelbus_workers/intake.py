@@ -8,13 +8,23 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
+from typing import assert_never
 
 import msgspec
 from modelbus_broker import names
 from modelbus_broker.blobs import get_blob
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable, Conflict, DeadlineExceeded, ModelBusError, PoisonRequest
+from modelbus_broker.dead import bury, letter_of
+from modelbus_broker.errors import (
+    BusUnavailable,
+    Conflict,
+    DeadlineExceeded,
+    EngineFailed,
+    ModelBusError,
+    PoisonRequest,
+    RequestCancelled,
+)
 from modelbus_broker.messages import (
     Accepted,
     DeadLetter,
@@ -22,13 +32,13 @@ from modelbus_broker.messages import (
     Request,
     Task,
     Usage,
+    UsageEvent,
     decode_request,
     decode_task,
-    encode,
 )
 from modelbus_broker.pulling import Pulled
 
-from .admission import Decision, decide
+from .admission import decide
 from .engines.base import Engine
 from .execution import Execution, execute, usage_event
 from .ledger import Ledger
@@ -40,6 +50,7 @@ GO_WAIT_S = 0.3
 #: A worker that leaves a request to others does not look at its consumer for so long.
 LEAVE_S = 1.0
 ENDED_KEPT = 20_000  #: how many answered attempts a worker remembers
+CANCELLED_KEPT = 10_000  #: how many cancelled ids
 
 
 class Intake:
@@ -74,24 +85,36 @@ class Intake:
         self.last_work_ms = 0
         self._runs = Bucket(bus, names.BUCKET_RUNS)
         self._ended: OrderedDict[str, None] = OrderedDict()
+        #: Ids that someone wanted stopped before they came.
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        #: The request that has this worker to itself, or waits for that, and what tells it that the others have gone.
+        self._alone: Execution | None = None
+        self._others_gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def free(self) -> int:
         """Slots that a request could start in now."""
-        return 0 if self.closed else self.slots - len(self.executions)
+        return 0 if self.closed or self._alone is not None else self.slots - len(self.executions)
 
     def take(self, pulled: Pulled) -> None:
         """Gets each pulled message, on the event loop; nothing here waits."""
         try:
             request = decode_request(pulled.data)
-        except msgspec.MsgspecError as error:
-            self._spawn(self._bury(pulled, None, Decision("dead", f"it cannot be decoded: {error}")))
+            names.publisher_of(request.id)
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._spawn(self._bury_unreadable(pulled, f"it cannot be decoded: {error}"))
             return
         if pulled.delivery > 1:
             # Rare, and what has become of the earlier deliveries is read from a bucket first.
             self._spawn(self._take_again(request, pulled))
         else:
             self._judge(request, pulled, 0)
+
+    def cancel(self, request_id: str) -> None:
+        """Someone wants a request stopped that is not here: it may be on its way."""
+        self._cancelled[request_id] = None
+        if len(self._cancelled) > CANCELLED_KEPT:
+            self._cancelled.popitem(last=False)
 
     async def _take_again(self, request: Request, pulled: Pulled) -> None:
         self._judge(request, pulled, await self._read_starts(request))
@@ -108,11 +131,13 @@ class Intake:
             free=self.free(),
             ended=names.message_id(request.id, request.attempt) in self._ended,
             worker=self.id,
+            cancelled=request.id in self._cancelled,
         )
         match decision.action:
-            case "run":
+            case "run" | "run_alone":
                 left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
-                self._accept(request, pulled, asyncio.get_running_loop().time() + left_s)
+                deadline = asyncio.get_running_loop().time() + left_s
+                self._accept(request, pulled, deadline, alone=decision.action == "run_alone")
             case "give_back":
                 delay_ns = decision.delay_ms * 1_000_000
                 body = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
@@ -123,11 +148,15 @@ class Intake:
                 self._spawn(self._answer(pulled, b"+ACK"))
             case "expire":
                 error = DeadlineExceeded(f"the request expired in the queue: {decision.why}")
-                self._spawn(self._refuse(request, pulled, error))
+                self._refuse(request, pulled, error)
+            case "cancelled":
+                self._refuse(request, pulled, RequestCancelled(decision.why))
             case "dead":
-                self._spawn(self._bury(pulled, request, decision))
+                self._spawn(self._bury(request, pulled, decision.why))
+            case _:
+                assert_never(decision.action)
 
-    def _accept(self, request: Request, pulled: Pulled, deadline: float) -> None:
+    def _accept(self, request: Request, pulled: Pulled, deadline: float, *, alone: bool) -> None:
         run = names.run_name(request.attempt, pulled.delivery, self.id)
         ring = self.outbox.open(request.id, run)
         execution = Execution(request, pulled, run, ring, deadline)
@@ -144,24 +173,31 @@ class Intake:
                 delivery=pulled.delivery,
             ),
         )
+        if alone:
+            self._alone = execution
+            self._others_gone.clear()
+            if len(self.executions) == 1:
+                self._others_gone.set()
         execution.task = asyncio.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
         usage, outcome, code = Usage(), "cancelled", "request_cancelled"
         try:
-            if execution.pulled.delivery > 1 and not await self._may_start(execution):
-                return
             try:
+                if not await self._may_start(execution):
+                    return
                 task = await self._task_of(execution.request)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
                 return
             usage, outcome, code = await execute(execution, task, self.engine, self.outbox)
+            if code == EngineFailed.code:
+                await self._keep(execution)
         except asyncio.CancelledError:
             # Cancelled while it was held: the engine never saw it.
             if execution.cancelled and execution.counts:
-                self._end_with(execution, ModelBusError(execution.stop_reason))
+                self._end_with(execution, RequestCancelled(execution.stop_reason))
         finally:
             self._close(execution, usage, outcome, code)
 
@@ -174,6 +210,10 @@ class Intake:
         request, pulled = execution.request, execution.pulled
         execution.state = "ended"
         self.executions.pop(names.run_key(request.id, execution.run), None)
+        if self._alone is execution:
+            self._alone = None
+        elif self._alone is not None and len(self.executions) == 1:
+            self._others_gone.set()
         self.outbox.end(execution.ring)
         self.total += 1
         self.failed += outcome == "failed"
@@ -200,34 +240,57 @@ class Intake:
             raise PoisonRequest("the request has no task")
         return decode_task(await get_blob(self.bus, request.blob))
 
-    # Deliveries that are not the first
+    # Before the engine gets it
+
+    async def _may_start(self, execution: Execution) -> bool:
+        """Waits until the run may start; False when another run counts.
+
+        Raises:
+            DeadlineExceeded: its time was up before it could be alone.
+        """
+        request = execution.request
+        again = execution.pulled.delivery > 1
+        if again and not await self._is_wanted(execution):
+            return False
+        if self._alone is execution:
+            try:
+                async with asyncio.timeout_at(execution.deadline):
+                    await self._others_gone.wait()
+            except TimeoutError as error:
+                raise DeadlineExceeded("its time was up before it could run alone in its worker") from error
+        # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
+        if again or request.background or request.idempotency_key:
+            await self._count_start(request)
+        return True
+
+    async def _is_wanted(self, execution: Execution) -> bool:
+        """Asks the publisher whether this run shall count; one that does not answer is gone."""
+        execution.go = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GO_WAIT_S):
+                return await execution.go
+        return True
 
     async def _read_starts(self, request: Request) -> int:
         try:
-            entry = await self._runs.get(request.id)
+            entry = await self._runs.get(names.message_id(request.id, request.attempt))
         except ModelBusError:
             return 0
         return int(entry.value) if entry is not None and not entry.deleted else 0
 
-    async def _may_start(self, execution: Execution) -> bool:
-        """Asks the publisher whether this run shall count, and counts the start."""
-        execution.go = asyncio.get_running_loop().create_future()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GO_WAIT_S):
-                if not await execution.go:
-                    return False
+    async def _count_start(self, request: Request) -> None:
+        key = names.message_id(request.id, request.attempt)
         for _ in range(5):
             try:
-                entry = await self._runs.get(execution.request.id)
+                entry = await self._runs.get(key)
                 starts = int(entry.value) if entry is not None and not entry.deleted else 0
-                await self._runs.update(execution.request.id, str(starts + 1).encode(), entry.seq if entry else 0)
-                return True
+                await self._runs.update(key, str(starts + 1).encode(), entry.seq if entry else 0)
+                return
             except Conflict:
                 continue
             except ModelBusError as error:
-                log.warning("the start of %s cannot be counted: %s", execution.request.id, error.message)
-                return True
-        return True
+                log.warning("the start of %s cannot be counted: %s", request.id, error.message)
+                return
 
     # Ends without a run
 
@@ -240,39 +303,74 @@ class Intake:
         await self.pause(pulled.consumer, LEAVE_S)
         await self._answer(pulled, b"-NAK")
 
-    async def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
-        """Ends a request that was not run: the client hears why, then the message goes."""
-        run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run)
-        accepted = Accepted(id=request.id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
-        self.outbox.send(ring, accepted)
-        self.outbox.send(ring, error.failed(id=request.id, run=run, seq=1))
-        self.outbox.end(ring)
-        await self._answer(pulled, f"+TERM {error.code}".encode())
+    def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
+        """Ends a request that was not run: the client hears why, it is booked, then the message goes."""
+        self._tell(request.id, request.attempt, pulled, error)
+        event = UsageEvent(
+            id=request.id,
+            run=names.run_name(request.attempt, pulled.delivery, self.id),
+            model=request.model,
+            deployment=self.deployment.name,
+            tenant=request.tenant,
+            outcome="cancelled" if isinstance(error, RequestCancelled) else "failed",
+            code=error.code,
+            at_ms=time.time_ns() // 1_000_000,
+            queue_ms=max(0.0, time.time_ns() / 1e6 + self.clock_offset_ms - pulled.stored_ms),
+        )
+        self.ledger.book(event, pulled.ack_subject)
 
-    async def _bury(self, pulled: Pulled, request: Request | None, decision: Decision) -> None:
+    def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError) -> None:
+        run = names.run_name(attempt, pulled.delivery, self.id)
+        ring = self.outbox.open(request_id, run)
+        accepted = Accepted(id=request_id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
+        self.outbox.send(ring, accepted)
+        self.outbox.send(ring, error.failed(id=request_id, run=run, seq=1))
+        self.outbox.end(ring)
+
+    # Dead letters
+
+    async def _bury(self, request: Request, pulled: Pulled, why: str) -> None:
         """Stores a dead letter, and only then tells the client and removes the message."""
+        letter = letter_of(request, pulled.data, pulled.subject, reason=PoisonRequest.code, detail=why)
+        if await self._store(letter, request, pulled):
+            self._refuse(request, pulled, PoisonRequest(f"the request was given up: {why}"))
+
+    async def _bury_unreadable(self, pulled: Pulled, why: str) -> None:
+        """The same for a message that is no request; its id is read off its headers, where they have one."""
+        request_id, _, attempt = (pulled.headers or {}).get("Nats-Msg-Id", "").rpartition(".")
         letter = DeadLetter(
-            id=request.id if request else "",
-            model=request.model if request else self.deployment.model,
-            reason="poison_request" if request else "not_decodable",
-            detail=decision.why,
-            crashes=request.crashes if request else 0,
+            id=request_id,
+            model=self.deployment.model,
+            reason="not_decodable",
+            detail=why,
             original=pulled.data,
             subject=pulled.subject,
             at_ms=time.time_ns() // 1_000_000,
         )
-        try:
-            await self.bus.js_publish(
-                names.dead_subject(letter.model), encode(letter), msg_id=f"dead.{pulled.stream}.{pulled.seq}"
-            )
-        except ModelBusError as error:
-            log.warning("a dead letter cannot be stored, its message stays: %s", error.message)
-            return
-        if request is not None:
-            await self._refuse(request, pulled, PoisonRequest(f"the request was given up: {decision.why}"))
-        else:
+        if await self._store(letter, None, pulled):
+            error = PoisonRequest(f"the request was given up: {why}")
+            with contextlib.suppress(ValueError):  # nobody can be told
+                self._tell(request_id, int(attempt), pulled, error)
             await self._answer(pulled, b"+TERM not decodable")
+
+    async def _keep(self, execution: Execution) -> None:
+        """The engine itself failed on a request: no other worker tries it, but it is not lost."""
+        request, pulled = execution.request, execution.pulled
+        if execution.counts and not request.revision:  # deploy's own test request says its error itself
+            detail = f"the engine failed: {execution.failure}"
+            letter = letter_of(
+                request, pulled.data, pulled.subject, reason=EngineFailed.code, detail=detail, run=execution.run
+            )
+            await self._store(letter, request, pulled)
+
+    async def _store(self, letter: DeadLetter, request: Request | None, pulled: Pulled) -> bool:
+        try:
+            await bury(self.bus, letter, request, message_id=f"{pulled.stream}.{pulled.seq}")
+        except ModelBusError as error:
+            log.warning("a dead letter of request %s cannot be stored: %s", letter.id or "?", error.message)
+            return False
+        log.error("request %s is put with the dead letters: %s: %s", letter.id or "?", letter.reason, letter.detail)
+        return True
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -6,6 +6,7 @@ import msgspec
 
 from .base import Message
 from .publisher import Usage
+from .worker import BlobRef
 
 
 class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
@@ -17,7 +18,7 @@ class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
     deployment: str
     tenant: str = ""
     usage: Usage = Usage()
-    outcome: str = "done"  #: done, failed, cancelled, waste
+    outcome: str = "done"  #: done, failed (also without a run: expired, poison), cancelled, waste
     code: str = ""
     at_ms: int = 0
     queue_ms: float = 0.0
@@ -27,14 +28,17 @@ class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
 class DeadLetter(Message, frozen=True, kw_only=True, tag="dead"):
     """A request that will not be run again, with why, and the original bytes."""
 
-    id: str
+    id: str  #: "" when it could not be read
     model: str
-    reason: str
+    reason: str  #: poison_request, not_decodable, undeployed, or the code of the error that it failed with
     detail: str = ""
     crashes: int = 0
     original: bytes = b""
     subject: str = ""
     at_ms: int = 0
+    runs: list[str] = []  #: that were lost or failed, as ``names.run_name`` makes them
+    tenant: str = ""
+    body: BlobRef | None = None  #: the task, where it was too large for the original: blobs are gone after a day
 
 
 decode_usage_events = msgspec.msgpack.Decoder(list[UsageEvent]).decode

@@ -48,6 +48,7 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
     avoid: list[str] = []  #: workers that failed it, or would: they leave it to others for a while
     rescues: int = 0  #: how often it went to another worker because one failed it
     fail_fast: bool = False  #: others may do it: an engine leaves further tries to them
+    lost_runs: list[str] = []  #: of earlier attempts, as ``names.run_name`` makes them
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):

@@ -165,7 +165,7 @@ async def test_a_start_can_be_told_to_fail() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"speed": "9"}, "no parameter speed; known are: chunk, context_length"),
+        ({"speed": "9"}, "no parameter speed; known are: block_on, chunk, context_length"),
         ({"tokens": "many"}, "parameter tokens .* Expected `int`"),
         ({"fail": "sometimes"}, "never, always, first:N or every:N"),
         ({"fail_code": "bad_luck"}, "no error code 'bad_luck'"),

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
@@ -41,6 +42,9 @@ from .params import read_params
 _GRID_S = 0.001
 #: Long waits count as engine steps this often: a slow engine is not a hung one.
 _STEP_S = 1.0
+#: Before the process dies or stands still: no engine does so in the turn of the event loop in which it gets a request,
+#: and what was said until then, `started` at least, has reached the bus.
+_LAST_FRAMES_S = 0.05
 _FAIL = re.compile(r"never|always|(?P<how>first|every):(?P<count>[1-9][0-9]*)")
 
 
@@ -63,6 +67,7 @@ class EchoSettings(msgspec.Struct, frozen=True, kw_only=True):
     fail_text: str = "the echo engine was told to fail"
     crash_on: str = ""  #: the process dies when the prompt contains this
     hang_on: str = ""  #: the engine stands still when the prompt contains this
+    block_on: str = ""  #: the whole process stands still when the prompt contains this
 
 
 class EchoEngine(Engine):
@@ -116,7 +121,7 @@ class EchoEngine(Engine):
     async def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         fails = self._fails(run)
         await self._pause(asyncio.get_running_loop().time() + self.settings.delay_ms / 1000)
-        await self._misbehave("\n".join(text for text in task.input if isinstance(text, str)), fails, 0)
+        await self._misbehave("\n".join(text for text in task.input if isinstance(text, str)), fails)
         dimensions = task.dimensions or self.settings.dimensions
         self.steps += 1
         yield VectorBatch(start=0, dimensions=dimensions, data=[echo_vector(text, dimensions) for text in task.input])
@@ -152,6 +157,7 @@ class EchoEngine(Engine):
         ]
         misbehaves = fails or (settings.crash_on and settings.crash_on in said)
         misbehaves = misbehaves or (settings.hang_on and settings.hang_on in said)
+        misbehaves = misbehaves or (settings.block_on and settings.block_on in said)
         chunk = settings.chunk or (1 if settings.interval_ms else 1 << 30)
         due = began + settings.delay_ms / 1000
         done = 0
@@ -162,7 +168,7 @@ class EchoEngine(Engine):
             elif done:
                 await asyncio.sleep(0)  # a long answer must not keep the event loop from others
             if misbehaves and done >= settings.fail_after:
-                await self._misbehave(said, fails, done)
+                await self._misbehave(said, fails)
             count = min(chunk, settings.fail_after - done) if misbehaves else chunk
             for choice in open_choices:
                 self.steps += 1
@@ -171,7 +177,7 @@ class EchoEngine(Engine):
             done += count
             due += settings.interval_ms / 1000 * count
         if misbehaves:
-            await self._misbehave(said, fails, done)
+            await self._misbehave(said, fails)
         usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=sum(choice.total for choice in choices))
         yield Finished(usage=usage)
 
@@ -187,12 +193,15 @@ class EchoEngine(Engine):
         count = int(match["count"])
         return self._requests <= count if match["how"] == "first" else self._requests % count == 0
 
-    async def _misbehave(self, said: str, fails: bool, done: int) -> None:
+    async def _misbehave(self, said: str, fails: bool) -> None:
         if self.settings.hang_on and self.settings.hang_on in said:
             await asyncio.get_running_loop().create_future()
+        if self.settings.block_on and self.settings.block_on in said:
+            await asyncio.sleep(_LAST_FRAMES_S)
+            while True:
+                time.sleep(3600)  # noqa: ASYNC251  # that is the fault
         if self.settings.crash_on and self.settings.crash_on in said:
-            if done:
-                await asyncio.sleep(0.05)  # what was said so far shall reach the bus
+            await asyncio.sleep(_LAST_FRAMES_S)
             os._exit(86)
         if fails:
             raise _failure(self.settings)
