@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from .errors import ModelBusError, RequestCancelled
-from .failover import Progress
+from .failover import Progress, RunEnd
 from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
 from .reception import Reception, Verdict
 
@@ -46,6 +46,7 @@ class Call:
         self.reception = Reception(request.attempt)
         self.attempt = request  #: the request as published last
         self.accepted: Accepted | None = None
+        self.end: RunEnd | None = None  #: of the run that the last attempt follows
         self.engine_started = False
         self.last_alive = self.started  #: when its worker last listed it
         self.promised = -1  #: the last sequence number that the last alive message named
@@ -162,11 +163,15 @@ class Call:
         Raises:
             QueueFull, BusUnavailable: it has not.
         """
-        while not self.over and (self.publication is None or self.publication.open) and not self.reception.run:
+        # A run, one that has come to nothing too, says that it was stored.
+        while not self.over and (self.publication is None or self.publication.open) and not self._had_run():
             self._storing = asyncio.get_running_loop().create_future()
             await self._storing
-        if self._error is not None and not self.reception.run:
+        if self._error is not None and not self._had_run():
             raise self._error
+
+    def _had_run(self) -> bool:
+        return bool(self.reception.run) or self.end is not None
 
     async def batches(self) -> AsyncIterator[list[Answer]]:
         """Yields lists of all frames that are ready, and ends after ``Done``.

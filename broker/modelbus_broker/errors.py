@@ -69,11 +69,17 @@ class ModelBusError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
-    def failed(self, *, id: str, run: str, seq: int, usage: Usage | None = None, retry: bool = False) -> Failed:
-        """The frame that carries this error to the publisher; ``retry``: another worker may do better."""
+    def failed(
+        self, *, id: str, run: str, seq: int, usage: Usage | None = None, retry: bool = False, handover: bool = False
+    ) -> Failed:
+        """The frame that carries this error to the publisher.
+
+        ``retry``: another worker may do better. ``handover``: nothing has failed, another worker shall go on.
+        """
         return Failed(
             id=id, run=run, seq=seq, code=self.code, message=self.message, status=self.status, param=self.param,
             retry_after_s=self.retry_after_s, upstream=self.upstream, usage=usage or Usage(), retry=retry,
+            handover=handover,
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
     crashed: bool = False  #: the engine had the request when the worker was lost
     failure: ModelBusError | None = None  #: the worker lives and failed; another one may not
     run: str = ""  #: its name
+    handover: bool = False  #: the worker was stopped and gave the request up
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +47,7 @@ class Again(msgspec.Struct, frozen=True):
 
 
 class GoOn(msgspec.Struct, frozen=True):
-    """From the tokens so far, by a worker that can."""
+    """From the tokens so far, by a worker that can; there may be none yet, see :func:`heir_lives`."""
 
     request: Request
 
@@ -84,9 +85,12 @@ def next_attempt(
         compat="",
         output_token_ids=[],
         emitted_chars=[],
+        handover=end.handover,
         **changes,
     )
-    if progress.output and _someone_goes_on(end, workers):
+    # What a client has seen nobody can take back: it waits for a worker that goes on, one that is started anew perhaps.
+    waits = progress.shown and end.failure is None and bool(end.compat)
+    if progress.output and (waits or heir_lives(end, workers)):
         tokens = [list(ids) for ids in progress.token_ids]
         return GoOn(
             msgspec.structs.replace(
@@ -123,7 +127,8 @@ def _rescue(
     return None
 
 
-def _someone_goes_on(end: RunEnd, workers: Sequence[WorkerRecord]) -> bool:
+def heir_lives(end: RunEnd, workers: Sequence[WorkerRecord]) -> bool:
+    """Whether one of the live workers can go on from the tokens of a run that ended."""
     return bool(end.compat) and any(
         worker.compat == end.compat and worker.capabilities.can_continue and worker.id != end.worker
         for worker in workers

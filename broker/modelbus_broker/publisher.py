@@ -31,7 +31,7 @@ from .errors import (
     WorkerLost,
     error_of,
 )
-from .failover import Again, GiveUp, RunEnd, next_attempt
+from .failover import Again, GiveUp, RunEnd, heir_lives, next_attempt
 from .messages import (
     TERMINAL,
     Accepted,
@@ -396,6 +396,8 @@ class Publisher:
                     worker = names.parse_run(call.reception.run)[2]
                     if now - max(self._heard.get(worker, 0.0), call.last_alive) > SILENT_S:
                         silent.setdefault(worker, []).append(call)
+                elif call.attempt.compat and self.bus.connected_for_s > RECONNECT_GRACE_S:
+                    self._look_for_heir(call, now)
             if silent and self.bus.connected_for_s > RECONNECT_GRACE_S:
                 await asyncio.gather(*(self._probe(worker, calls) for worker, calls in silent.items()))
             if len(self._heard) > 1000:
@@ -441,18 +443,21 @@ class Publisher:
             self._follow(call, RunEnd(worker=worker, why=why, compat=compat, crashed=call.engine_started, run=run))
 
     def run_failed(self, call: Call, frame: Failed) -> None:
-        """The worker of the run that counts says that it cannot answer."""
+        """The worker of the run that counts says that it cannot answer, or that another one shall go on."""
         error = error_of(frame)
-        if frame.retry:
+        if frame.retry or frame.handover:
             compat = call.accepted.compat if call.accepted else ""
             worker = names.parse_run(frame.run)[2]
-            self._follow(call, RunEnd(worker=worker, why=error.message, compat=compat, failure=error, run=frame.run))
+            end = RunEnd(worker=worker, why=error.message, compat=compat, failure=error, run=frame.run)
+            if frame.handover:  # nothing is wrong with the request
+                end = RunEnd(worker=worker, why=error.message, compat=compat, handover=True)
+            self._follow(call, end)
         else:
             call.fail(error)
 
     def _follow(self, call: Call, end: RunEnd) -> None:
         """Fences the run off and publishes the next attempt, where one can give the right answer."""
-        accepted = call.accepted
+        accepted, call.end = call.accepted, end
         attempt = call.fence_off()
         log.warning("request %s: attempt %d came to nothing: %s", call.id, attempt - 1, end.why)
         budget_ms = int((call.deadline - asyncio.get_running_loop().time()) * 1000)
@@ -467,6 +472,16 @@ class Publisher:
             call.restart()
         call.attempt = decision.request
         self._spawn(self._republish(call, end, accepted))
+
+    def _look_for_heir(self, call: Call, now: float) -> None:
+        """Half an answer waits for a worker that can go on: as long as one lives, and ``resume_wait_s`` without."""
+        assert call.end is not None
+        if heir_lives(call.end, self.registry.workers_of(call.model)):
+            call.last_alive = now
+        elif now - call.last_alive > self.settings.resume_wait_s:
+            if call.publication is not None:
+                self._spawn(self._storing.withdraw(call.publication))
+            self._follow(call, msgspec.structs.replace(call.end, compat="", crashed=False, run=""))
 
     async def _republish(self, call: Call, end: RunEnd, accepted: Accepted | None) -> None:
         subject = names.resume_subject(call.model, call.attempt.compat)

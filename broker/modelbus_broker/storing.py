@@ -35,6 +35,7 @@ class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
     expiry: bool = True  #: a TTL, so that nothing lies in a queue long after its deadline
     accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
     stuck_after_s: float = STUCK_S  #: a queue that stands still for so long is told of
+    resume_wait_s: float = 10.0  #: how long half an answer waits while no worker lives that could go on
 
 
 class Publication:

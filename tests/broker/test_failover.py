@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modelbus_broker.errors import UpstreamFailed, WorkerLost
-from modelbus_broker.failover import MAX_RESCUES, Again, GiveUp, GoOn, Progress, RunEnd, next_attempt
+from modelbus_broker.failover import MAX_RESCUES, Again, GiveUp, GoOn, Progress, RunEnd, heir_lives, next_attempt
 from modelbus_broker.messages import Capabilities, Request, WorkerRecord
 
 REFUSED = UpstreamFailed("refused")
@@ -58,13 +58,37 @@ def test_output_is_continued_where_the_compat_lives_on() -> None:
             raise AssertionError(other)
 
 
-def test_output_that_a_client_has_seen_ends_in_an_error_where_nobody_can_go_on() -> None:
+def test_output_that_a_client_has_seen_waits_for_a_worker_that_can_go_on() -> None:
     for others in ([], [worker("a", compat="c")], [worker("b", compat="x")], [worker("b")]):
         match decide(request(), lost("c"), SHOWN, *others):
-            case GiveUp(error):
-                assert isinstance(error, WorkerLost)
+            case GoOn(follower):
+                assert (follower.compat, follower.output_token_ids) == ("c", [[1, 2]])
             case other:
                 raise AssertionError(other)
+        assert not heir_lives(lost("c"), others)
+    assert heir_lives(lost("c"), [worker("a", compat="c"), worker("b", compat="c")])
+
+
+def test_output_that_a_client_has_seen_ends_in_an_error_where_nobody_will_ever_go_on() -> None:
+    match decide(request(), lost(""), SHOWN, worker("b"), worker("d", compat="c")):
+        case GiveUp(error):
+            assert isinstance(error, WorkerLost)
+        case other:
+            raise AssertionError(other)
+
+
+def test_a_handover_is_no_crash() -> None:
+    end = RunEnd(worker="a", why="stopped", compat="c", handover=True)
+    match decide(request(crashes=1), end, SHOWN, worker("b", compat="c")):
+        case GoOn(follower):
+            assert (follower.crashes, follower.handover, follower.compat) == (1, True, "c")
+        case other:
+            raise AssertionError(other)
+    match decide(request(), end, NOTHING):
+        case Again(follower):
+            assert (follower.crashes, follower.handover, follower.compat) == (0, True, "")
+        case other:
+            raise AssertionError(other)
 
 
 def test_output_that_nobody_has_seen_is_thrown_away_and_made_anew() -> None:

@@ -18,6 +18,7 @@ from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 from modelbus_broker.server import EmbeddedServer
 from modelbus_broker.settings import BusSettings
+from modelbus_broker.storing import PublisherSettings
 from modelbus_broker.topology import declare_model
 from modelbus_workers.job import WorkerJob
 
@@ -82,10 +83,17 @@ class Cluster:
         return worker
 
     async def deploy_echo(self, model: str = "echo", *, workers: int = 1, **params: str) -> list[WorkerProcess]:
-        """A model on the echo engine, with its workers ready. ``slots`` is the deployment's."""
-        slots = int(params.pop("slots", "0"))
+        """A model on the echo engine, with its workers ready. ``slots`` and ``drain_s`` are the deployment's."""
+        slots, drain_s = int(params.pop("slots", "0")), float(params.pop("drain_s", "25"))
         deployment = Deployment(
-            name=model, model=model, engine="echo", revision="1", engine_params=params, replicas=workers, slots=slots
+            name=model,
+            model=model,
+            engine="echo",
+            revision="1",
+            engine_params=params,
+            replicas=workers,
+            slots=slots,
+            drain_s=drain_s,
         )
         await self.declare(deployment)
         started = [self.start_worker(deployment, replica=n) for n in range(workers)]
@@ -107,12 +115,12 @@ class Cluster:
         finally:
             await registry.close()
 
-    async def publisher(self) -> Publisher:
+    async def publisher(self, settings: PublisherSettings | None = None) -> Publisher:
         """A publisher with a connection of its own."""
         bus = await Bus.connect(self.settings, name="test-publisher")
         registry = Registry(bus)
         await registry.start()
-        publisher = Publisher(bus, registry, kind="sdk")
+        publisher = Publisher(bus, registry, kind="sdk", settings=settings)
         await publisher.start()
         self._publishers.append((publisher, registry, bus))
         return publisher

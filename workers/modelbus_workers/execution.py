@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Literal
 
-from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, RequestCancelled
+from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, RequestCancelled, WorkerLost
 from modelbus_broker.messages import (
     Chat,
     Completion,
@@ -41,10 +41,12 @@ class Execution:
         state: held (accepted, not started), running, ended.
         wanted: False once somebody told us to stop: its outcome is "cancelled" and no error.
         counts: False once another run of the request counts: it says nothing more and never acknowledges.
+        handed_over: another worker goes on; its publisher, and not this worker, lets the message go.
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "expired", "failure", "go", "pulled", "request", "ring", "run", "seq", "started_at",
+        "began", "cancelled", "counts", "deadline", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
+        "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
 
@@ -60,6 +62,7 @@ class Execution:
         self.state: Literal["held", "running", "ended"] = "held"
         self.cancelled = False
         self.expired = False
+        self.handed_over = False
         self.stop_reason = ""
         self.failure = ""  #: the error that it ended with, in words
         self.counts = True
@@ -83,6 +86,12 @@ class Execution:
         self.expired = True
         self.stop("its time is up")
 
+    def hand_over(self) -> None:
+        """The worker is being stopped: another one goes on from here."""
+        if self.state != "ended" and not self.cancelled:
+            self.handed_over = True
+            self.stop("its worker was stopped")
+
     def let_go(self) -> None:
         """Another run counts."""
         self.counts = False
@@ -90,19 +99,28 @@ class Execution:
             self.go.set_result(False)
         self.stop("another run of the request counts")
 
+    def stopped(self) -> tuple[ModelBusError, str]:
+        """What a run that was stopped says, and its outcome."""
+        if self.handed_over:
+            return WorkerLost(self.stop_reason), "handed_over"
+        if self.expired:
+            seconds = self.request.budget_ms / 1000
+            return DeadlineExceeded(f"no complete answer within {seconds:g} s"), "failed"
+        return RequestCancelled(self.stop_reason), "cancelled"
+
 
 async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outbox) -> tuple[Usage, str, str]:
     """Runs a request on the engine and sends its frames, the last one included.
 
     Returns:
-        (usage, outcome, code): what the usage event says; outcome is done, failed or cancelled.
+        (usage, outcome, code): what the usage event says; see ``UsageEvent`` for the outcomes.
     """
     request, ring = execution.request, execution.ring
     execution.state = "running"
     execution.started_at = time.monotonic()
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
-    retry = False
+    outcome, retry = "failed", False
     # A plain timer costs a third of asyncio.timeout_at.
     timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
     try:
@@ -110,9 +128,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise
-        error: ModelBusError = RequestCancelled(execution.stop_reason)
-        if execution.expired:
-            error = DeadlineExceeded(f"no complete answer within {request.budget_ms / 1000:g} s")
+        error: ModelBusError
+        error, outcome = execution.stopped()
     except ModelBusError as failure:
         error, retry = failure, failure.retryable
     except Exception as failure:  # an engine may raise anything; its words go to the client
@@ -140,10 +157,12 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     execution.failure = error.message
     spent = usage.usage()
     if execution.counts:
-        outbox.send(
-            ring, error.failed(id=request.id, run=execution.run, seq=execution.next_seq(), usage=spent, retry=retry)
-        )
-    return spent, "cancelled" if isinstance(error, RequestCancelled) else "failed", error.code
+        frame = error.failed(
+            id=request.id, run=execution.run, seq=execution.next_seq(), usage=spent, retry=retry,
+            handover=outcome == "handed_over",
+        )  # fmt: skip
+        outbox.send(ring, frame)
+    return spent, outcome, error.code
 
 
 def _engine_run(execution: Execution) -> EngineRun:
@@ -220,7 +239,8 @@ async def _pump(
                         ),
                     )
                 case VectorBatch():
-                    _send_vectors(execution, output, outbox)
+                    if execution.counts:
+                        _send_vectors(execution, output, outbox)
                 case Prompt():
                     counter.prompt_tokens = output.tokens
                 case Finished():

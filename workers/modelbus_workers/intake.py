@@ -197,13 +197,25 @@ class Intake:
         except asyncio.CancelledError:
             # Cancelled while it was held: the engine never saw it.
             if execution.cancelled and execution.counts:
-                self._end_with(execution, RequestCancelled(execution.stop_reason))
+                end, outcome = execution.stopped()
+                code = end.code
+                self._end_with(execution, end, handover=outcome == "handed_over")
         finally:
             self._close(execution, usage, outcome, code)
 
-    def _end_with(self, execution: Execution, error: ModelBusError) -> None:
-        frame = error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
-        self.outbox.send(execution.ring, frame)
+    def _end_with(self, execution: Execution, error: ModelBusError, *, handover: bool = False) -> None:
+        request_id, seq = execution.request.id, execution.next_seq()
+        self.outbox.send(execution.ring, error.failed(id=request_id, run=execution.run, seq=seq, handover=handover))
+
+    def hand_over_now(self, execution: Execution) -> None:
+        """Hands over a run whose engine does not let go of it: whatever it still says, nobody hears."""
+        if execution.counts:
+            error, _ = execution.stopped()
+            self._end_with(execution, error, handover=execution.handed_over)
+        execution.counts = False
+        execution.state = "ended"
+        self.executions.pop(names.run_key(execution.request.id, execution.run), None)
+        self.outbox.end(execution.ring)
 
     def _close(self, execution: Execution, usage: Usage, outcome: str, code: str) -> None:
         """Frees the slot, books the usage and lets the message go."""
@@ -223,12 +235,14 @@ class Intake:
         event = usage_event(
             execution, deployment=self.deployment.name, usage=usage, outcome=outcome, code=code, queue_ms=queue_ms
         )
-        if execution.counts:
+        execution.handed_over = outcome == "handed_over"
+        owns = execution.counts and not execution.handed_over
+        if owns:
             self._ended[names.message_id(request.id, request.attempt)] = None
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
-        # A run that does not count leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if execution.counts else "")
+        # A run that does not count, or is handed over, leaves the message to the one that does.
+        self.ledger.book(event, pulled.ack_subject if owns else "")
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000

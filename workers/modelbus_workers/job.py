@@ -25,5 +25,8 @@ class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
         return f"WorkerJob(worker_id={self.worker_id!r}, deployment={self.deployment.name!r}, replica={self.replica})"
 
 
+#: After its time for finishing a worker hands over what is left and ends within so many seconds, whatever hangs.
+DRAIN_END_S = 12.0
+
 #: Exit codes of a worker process; anything else is a crash.
 EXIT_STOPPED, EXIT_START_FAILED = 0, 3

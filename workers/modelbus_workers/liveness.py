@@ -40,7 +40,7 @@ class Liveness:
         self._worker = worker
         self._answered: dict[str, float] = {}
         self._asking: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
         while True:
@@ -71,18 +71,32 @@ class Liveness:
                 runs.append(RunState(id=ring.request_id, run=ring.run, seq=ring.sent_seq, state=state))
         return Alive(worker=self._worker_id, steps=self._worker.engine.steps, runs=runs)
 
-    async def _tell(self, publisher: str) -> None:
+    async def settle(self, timeout_s: float) -> None:
+        """Tells the publishers what has ended until each has confirmed it, is gone, or the time is up."""
+        end = time.monotonic() + timeout_s
+        gone: set[str] = set()
+        while left := {ring.publisher for ring in self._worker.outbox.rings.values()} - gone:
+            heard = await asyncio.gather(*(self._tell(publisher) for publisher in left))
+            gone.update(publisher for publisher, is_there in zip(left, heard, strict=True) if not is_there)
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(0.05)
+
+    async def _tell(self, publisher: str) -> bool:
+        """False when nobody listens there."""
         try:
             payload = encode(self.alive_for(publisher))
             msg = await self._bus.request(names.alive_subject(publisher), payload, timeout_s=ANSWER_S)
             self._heed(decode_alive_reply(msg.data))
             self._answered[publisher] = time.monotonic()
-        except (NoResponders, TimeoutError, BusUnavailable):
+        except (NoResponders, TimeoutError, BusUnavailable) as error:
             self._answered.setdefault(publisher, time.monotonic())
+            return not isinstance(error, NoResponders)
         except msgspec.MsgspecError as error:
             log.warning("publisher %s answers nonsense: %s", publisher, error)
         finally:
             self._asking.discard(publisher)
+        return True
 
     def _heed(self, reply: AliveReply) -> None:
         for key in reply.confirmed:

@@ -1,7 +1,8 @@
 """A worker process: one engine behind the queue of one model.
 
 Started by a node as ``python -m modelbus_workers.worker`` with a ``WorkerJob`` on standard input. It starts its
-engine, tests it with one token, and only then pulls. SIGTERM drains: nothing new is taken, what runs is finished.
+engine, tests it with one token, and only then pulls. After SIGTERM it takes nothing new, finishes what it can within
+``drain_s`` and hands over the rest; after SIGUSR1 it finishes all that it has.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import msgspec
 from modelbus_broker import garbage, names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus, Msg
-from modelbus_broker.errors import BusUnavailable, ModelBusError, WorkerLost
+from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import (
     Adopt,
     Capabilities,
@@ -38,6 +39,7 @@ from modelbus_broker.messages import (
 from modelbus_broker.pulling import Puller
 from modelbus_broker.topology import consumers_of, declare_memory
 
+from .draining import Draining
 from .engines.base import Engine, EngineConfig, engine_class
 from .execution import Execution
 from .intake import Intake
@@ -52,7 +54,6 @@ WorkerState = Literal["starting", "ok", "failed", "draining"]
 
 HEARTBEAT_S = 3.0
 IN_PROGRESS_S = 3.0
-DRAIN_S = 25.0
 
 
 class Worker:
@@ -69,7 +70,7 @@ class Worker:
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
         self.executions = self.intake.executions
-        self.stopping = asyncio.Event()
+        self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s)
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
         self._words = ""
@@ -86,7 +87,7 @@ class Worker:
             if not await self._start_engine():
                 return EXIT_START_FAILED
             background += await self._start_serving()
-            await self.stopping.wait()
+            await self.draining.begun.wait()
             await self._drain()
             return EXIT_STOPPED
         finally:
@@ -101,7 +102,7 @@ class Worker:
     async def _start_engine(self) -> bool:
         await self.set_state("starting", "loading the model")
         starting = asyncio.create_task(self._load(), name="engine-start")
-        stopped = asyncio.create_task(self.stopping.wait())
+        stopped = asyncio.create_task(self.draining.begun.wait())
         await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not starting.done():
@@ -153,36 +154,16 @@ class Worker:
         ]
 
     async def _drain(self) -> None:
-        """Takes nothing new, finishes what runs, gives the rest back."""
+        """Takes nothing new, finishes what it can, hands over the rest."""
         self.intake.closed = True
         await self.set_state("draining")
         assert self._puller is not None
         await self._puller.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_S):
-                while self.executions:
-                    await asyncio.wait([e.task for e in self.executions.values() if e.task], timeout=1.0)
-        for execution in list(self.executions.values()):
-            await self._hand_back(execution)
+        await self.draining.run()
         await self.ledger.close()
         await self.outbox.close()
         with contextlib.suppress(ModelBusError):
             await self.bus.flush()
-
-    async def _hand_back(self, execution: Execution) -> None:
-        """A request that outlived the drain: another worker gets it if the engine had not started, else it fails."""
-        started = execution.state == "running"
-        execution.counts = False
-        execution.stop("the worker was stopped")
-        if execution.task is not None:
-            await asyncio.gather(execution.task, return_exceptions=True)
-        error = WorkerLost("the worker was stopped before the answer was complete")
-        if started:
-            self.outbox.send(
-                execution.ring, error.failed(id=execution.request.id, run=execution.run, seq=execution.next_seq())
-            )
-        with contextlib.suppress(ModelBusError):
-            await self.bus.publish(execution.pulled.ack_subject, b"+TERM worker stopped" if started else b"-NAK")
 
     # The record
 
@@ -336,10 +317,11 @@ async def serve(job: WorkerJob) -> int:
         worker = Worker(job, bus, engine)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, worker.stopping.set)
+            loop.add_signal_handler(number, worker.draining.stop)
+        loop.add_signal_handler(signal.SIGUSR1, worker.draining.retire)
         watchers = [
             asyncio.create_task(_exit_with_bus(bus), name="watch-bus"),
-            asyncio.create_task(_stop_with_parent(worker.stopping.set), name="watch-parent"),
+            asyncio.create_task(_stop_with_parent(worker.draining.stop), name="watch-parent"),
         ]
         try:
             return await worker.run()

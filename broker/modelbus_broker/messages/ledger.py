@@ -18,7 +18,7 @@ class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
     deployment: str
     tenant: str = ""
     usage: Usage = Usage()
-    outcome: str = "done"  #: done, failed (also without a run: expired, poison), cancelled, waste
+    outcome: str = "done"  #: done, failed (also without a run: expired, poison), cancelled, handed_over, waste
     code: str = ""
     at_ms: int = 0
     queue_ms: float = 0.0

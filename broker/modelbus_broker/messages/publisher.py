@@ -122,6 +122,7 @@ class Failed(Row, frozen=True, kw_only=True, tag="f"):
     upstream: str = ""  #: the provider's own error text
     usage: Usage = Usage()
     retry: bool = False  #: another worker may answer where this one could not
+    handover: bool = False  #: the worker is being stopped: only this run has ended, another worker goes on
 
 
 Frame = Accepted | Started | Delta | Vectors | Done | Failed

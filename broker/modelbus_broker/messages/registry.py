@@ -35,6 +35,7 @@ class Deployment(Message, frozen=True, kw_only=True, tag="deployment"):
     priority: int = 0  #: of its pulls: 0 is served first, 9 last
     exclusive: bool = False  #: at most one worker may ever run a replica
     created_ms: int = 0
+    drain_s: float = 25.0  #: after SIGTERM a worker finishes what it can for so long, then hands over what is left
 
 
 class Claim(Message, frozen=True, kw_only=True, tag="claim"):
