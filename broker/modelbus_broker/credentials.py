@@ -212,7 +212,9 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 *(f"$JS.API.DIRECT.GET.{stream}" for stream in _QUEUES),  # looking for what to cancel
                 "$JS.API.INFO",
                 "$JS.API.STREAM.INFO.*",
-                *(f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in _QUEUES),  # how full a queue is, and whether it moves
+                *(
+                    f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in _QUEUES
+                ),  # how full a queue is, and whether it moves
                 *(f"$JS.API.CONSUMER.LIST.{stream}" for stream in _QUEUES),
                 *_reads((*_REGISTRY, *_CLIENT_BUCKETS)),
                 *_reads_blobs(),

@@ -205,7 +205,11 @@ class Publisher:
                 f"{waiting} requests wait for or run on {model!r}, its limit is {limit}: try again later",
                 retry_after_s=1.0,
             )
+        if all(deployment.closing for deployment in deployments) and not options.revision:
+            raise ModelNotFound(f"the model {model!r} is being undeployed and takes no new requests", param="model")
         if options.wait or options.background or self.registry.is_served(model):
+            return
+        if any(deployment.wait_until_ms > time.time() * 1000 for deployment in deployments):
             return
         states = sorted({worker.state for worker in self.registry.workers_of(model, "")})
         raise ModelUnavailable(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -67,8 +67,11 @@ Progress = Callable[[str], None]
 #: How long all nodes must go on saying no before a deploy believes them, seconds. While an older revision still
 #: runs its workers may hold the room that the new one needs.
 _REFUSED_S, _REFUSED_REDEPLOY_S = 3.0, 20.0
-#: How long the workers of a taken back or undeployed deployment get to end, seconds: more than a node's own limit.
-_GONE_S = 40.0
+#: While the workers of the revision before a failed one start again requests wait, at most so many seconds.
+_RESTORED_S = 300.0
+#: How long the workers of a taken back or undeployed deployment get to end beyond their drain time, seconds: more than
+#: a node's own limit.
+_GONE_S = 25.0
 
 
 class DeployResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +116,7 @@ async def deploy(
     wish = _wish(spec, choice, registry.nodes.values())
     await declare_model(bus, spec.model, shares=spec.shares)
     try:
-        async with _written(bus, registry, wish) as previous:
+        async with _written(bus, registry, wish, spec.timeout_s) as previous:
             async with asyncio.timeout(spec.timeout_s):
                 workers = await _ready(registry, wish, replaces=previous is not None, on_progress=on_progress)
                 # Where an answer can go on after its worker is lost; workers and clients may not make consumers.
@@ -150,12 +153,14 @@ async def undeploy(
 ) -> UndeployResult:
     """Takes a model down: its workers finish what they run, its queue and its records go.
 
-    With ``drain`` it first waits, at most ``timeout_s``, until nothing waits in the queue; with ``drop`` what
-    waits goes to the dead letters.
+    With ``drain`` new requests are refused while those that wait and run are served, for at most ``timeout_s``; with
+    ``drop`` what waits goes to the dead letters.
 
     Raises:
         ModelNotFound: it is not deployed.
-        UndeployRefused: requests wait, and neither ``drain`` nor ``drop`` says what to do with them.
+        UndeployRefused: requests wait, and neither ``drain`` nor ``drop`` says what to do with them; or the time was
+            up, and the model is served as before.
+        Conflict: someone else deploys it just now.
     """
     deployments = registry.deployments_of(model)
     if not deployments:
@@ -166,13 +171,14 @@ async def undeploy(
             f"{waiting} request(s) wait for {model!r}: --drain serves them first, --drop moves them to the dead letters"
         )
     if drain:
-        await _drained(bus, registry, model, timeout_s, on_progress)
+        async with _closed(bus, deployments):
+            await _drained(bus, registry, model, timeout_s, on_progress)
     bucket = Bucket(bus, BUCKET_DEPLOYMENTS)
     for deployment in deployments:
         await bucket.delete(deployment_key(deployment.name))
     on_progress("stopping the workers")
     for deployment in deployments:
-        await _gone(bus, registry, deployment.name)
+        await _gone(bus, registry, deployment)
     dropped = await bury_waiting(bus, model)
     await remove_model(bus, model)
     for deployment in deployments:
@@ -200,6 +206,7 @@ def _wish(spec: DeploySpec, choice: EngineChoice, nodes: Iterable[NodeRecord]) -
         queue_limit=spec.queue_limit,
         budget_ms=round(spec.budget_s * 1000),
         priority=spec.priority,
+        drain_s=spec.drain_s,
         created_ms=time.time_ns() // 1_000_000,
     )
 
@@ -219,8 +226,13 @@ def _sealed(secrets: Mapping[str, str], nodes: Iterable[NodeRecord]) -> dict[str
 
 
 @asynccontextmanager
-async def _written(bus: Bus, registry: Registry, wish: Deployment) -> AsyncIterator[Deployment | None]:
-    """Writes the wish and gives the one it replaces; leaving by an error, cancellation too, takes it back."""
+async def _written(
+    bus: Bus, registry: Registry, wish: Deployment, timeout_s: float
+) -> AsyncIterator[Deployment | None]:
+    """Writes the wish and gives the one it replaces; leaving by an error, cancellation too, takes it back.
+
+    While one revision replaces another there may be moments without a ready worker: then requests wait.
+    """
     bucket, key = Bucket(bus, BUCKET_DEPLOYMENTS), deployment_key(wish.name)
     entry = await bucket.get(key)
     previous = decode_deployment(entry.value) if entry and not entry.deleted else None
@@ -228,7 +240,7 @@ async def _written(bus: Bus, registry: Registry, wish: Deployment) -> AsyncItera
         raise Conflict(f"deployment {wish.name!r} serves model {previous.model!r}: choose another --name")
     try:
         if previous is not None and entry is not None:
-            seq = await bucket.update(key, encode(wish), entry.seq)
+            seq = await bucket.update(key, encode(_patient(wish, timeout_s)), entry.seq)
         else:
             seq = await bucket.create(key, encode(wish))
     except Conflict as error:
@@ -241,18 +253,22 @@ async def _written(bus: Bus, registry: Registry, wish: Deployment) -> AsyncItera
         raise
 
 
+def _patient(wish: Deployment, seconds: float) -> Deployment:
+    return msgspec.structs.replace(wish, wait_until_ms=int((time.time() + seconds) * 1000), closing=False)
+
+
 async def _take_back(bus: Bus, registry: Registry, wish: Deployment, previous: Deployment | None, seq: int) -> None:
     bucket, key = Bucket(bus, BUCKET_DEPLOYMENTS), deployment_key(wish.name)
     try:
         if previous is not None:
-            await bucket.update(key, encode(previous), seq)
+            await bucket.update(key, encode(_patient(previous, _RESTORED_S)), seq)
         else:
             await bucket.delete(key, seq)
     except Conflict:
         # Another deploy or undeploy of this name came after ours: what lies there now is theirs.
         return
     if previous is None:
-        await _gone(bus, registry, wish.name)
+        await _gone(bus, registry, wish)
         if not [item for item in registry.deployments_of(wish.model) if item.name != wish.name]:
             await remove_model(bus, wish.model)
     await _forget_failures(bus, wish.name)
@@ -376,6 +392,30 @@ def _test_task(tasks: list[str]) -> Task | None:
     return None
 
 
+@asynccontextmanager
+async def _closed(bus: Bus, deployments: Iterable[Deployment]) -> AsyncIterator[None]:
+    """The deployments take no new requests; leaving by an error, cancellation too, opens them again."""
+    bucket, closed = Bucket(bus, BUCKET_DEPLOYMENTS), dict[str, tuple[Deployment, int]]()
+
+    async def reopen() -> None:
+        for key, (deployment, seq) in closed.items():
+            with suppress(Conflict):  # what lies there now is someone else's
+                await bucket.update(key, encode(deployment), seq)
+
+    try:
+        for deployment in deployments:
+            key = deployment_key(deployment.name)
+            entry = await bucket.get(key)
+            if entry is None or entry.deleted or decode_deployment(entry.value).revision != deployment.revision:
+                raise Conflict(f"someone else deploys {deployment.name!r} just now: try again when that is done")
+            seq = await bucket.update(key, encode(msgspec.structs.replace(deployment, closing=True)), entry.seq)
+            closed[key] = (msgspec.structs.replace(deployment, closing=False), seq)
+        yield
+    except BaseException:
+        await asyncio.shield(asyncio.create_task(reopen(), name="reopen"))
+        raise
+
+
 async def _drained(bus: Bus, registry: Registry, model: str, timeout_s: float, on_progress: Progress) -> None:
     try:
         async with asyncio.timeout(timeout_s):
@@ -384,21 +424,22 @@ async def _drained(bus: Bus, registry: Registry, model: str, timeout_s: float, o
                 await asyncio.sleep(0.2)
     except TimeoutError as error:
         raise UndeployRefused(
-            f"requests still wait for {model!r} after {timeout_s:g} s of draining; --drop does not wait"
+            f"requests still wait for {model!r} after {timeout_s:g} s of draining, and it takes new ones again; "
+            "--drop does not wait"
         ) from error
 
 
-async def _gone(bus: Bus, registry: Registry, deployment: str) -> None:
+async def _gone(bus: Bus, registry: Registry, deployment: Deployment) -> None:
     """Waits until no worker of the deployment is alive; its node ends it in bounded time."""
-    await _ended(bus, registry, deployment)
+    await _ended(bus, registry, deployment.name, deployment.drain_s + _GONE_S)
     # What they said last would be shown until it expires.
     for worker in list(registry.workers.values()):
-        if worker.deployment == deployment:
+        if worker.deployment == deployment.name:
             await Bucket(bus, BUCKET_WORKERS).delete(worker.id)
 
 
-async def _ended(bus: Bus, registry: Registry, deployment: str) -> None:
-    end = time.monotonic() + _GONE_S
+async def _ended(bus: Bus, registry: Registry, deployment: str, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         alive = [
             w for w in registry.workers.values() if w.deployment == deployment and w.state not in ("gone", "failed")

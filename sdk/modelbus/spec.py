@@ -55,6 +55,7 @@ class DeploySpec(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0  #: 0 is served first, 9 last
     name: str = ""  #: of the deployment; "" = the model's
     timeout_s: float = 600.0  #: for coming up
+    drain_s: float = 25.0  #: a worker that is stopped finishes what it can for so long, then hands over
 
     @property
     def deployment(self) -> str:
@@ -203,5 +204,7 @@ def _check_numbers(spec: DeploySpec) -> None:
             raise ConfigurationError(f"{flag} {number} is too small: it is at least {least}")
     if not 0 <= spec.priority <= 9:
         raise ConfigurationError(f"--priority {spec.priority} is out of range: 0 is served first, 9 last")
+    if not 0 <= spec.drain_s <= 3600:
+        raise ConfigurationError(f"--drain_s {spec.drain_s:g} is out of range: 0 to 3600 seconds")
     if spec.budget_s <= 0 or spec.timeout_s <= 0:
         raise ConfigurationError("--budget_s and --timeout_s must be more than 0")

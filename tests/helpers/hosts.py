@@ -64,6 +64,10 @@ class NodeProcess:
         self.process.wait()
 
 
+#: Starts a node with a name and arguments of the command line; see the fixture ``start_node``.
+StartNode = Callable[..., NodeProcess]
+
+
 async def until(condition: Callable[[], object], what: str, timeout_s: float = 25) -> None:
     """Waits for something that has to become true."""
     deadline = time.monotonic() + timeout_s

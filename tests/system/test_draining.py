@@ -4,79 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections import Counter
 
-import msgspec
 import pytest
-from modelbus.testing.echo import echo_answer
-from modelbus_broker import names
-from modelbus_broker.calls import Call
-from modelbus_broker.connection import Bus
 from modelbus_broker.errors import WorkerLost
 from modelbus_broker.messages import (
-    Chat,
-    ChatMessage,
     Delta,
     Deployment,
     Done,
-    Sampling,
     Usage,
-    decode_usage_events,
 )
-from modelbus_broker.publisher import CallOptions, Publisher
 from modelbus_broker.storing import PublisherSettings
-from modelbus_broker.topology import queued, running
 
+from tests.helpers.asking import Load, begun, chat, outcomes, settled, whole
 from tests.helpers.cluster import Cluster
 
 WORDS = "the quick brown fox jumps over the lazy dog"
-
-
-def chat(text: str) -> Chat:
-    return Chat(messages=[ChatMessage(role="user", content=text)])
-
-
-def whole(text: str, tokens: int) -> str:
-    return echo_answer(text, Sampling(), tokens=tokens).text
-
-
-async def begun(publisher: Publisher, text: str, *, stream: bool = True) -> tuple[Call, asyncio.Task[str]]:
-    """A request whose first token has come."""
-    call = await publisher.submit("echo", chat(text), CallOptions(stream=stream))
-    first = asyncio.Event()
-
-    async def read() -> str:
-        said = []
-        async for batch in call.batches():
-            for frame in batch:
-                if isinstance(frame, Delta):
-                    said.append(frame.text)
-                    first.set()
-                elif type(frame).__name__ == "Restarted":
-                    said.clear()
-        return "".join(said)
-
-    task = asyncio.create_task(read())
-    async with asyncio.timeout(60):
-        await first.wait()
-    return call, task
-
-
-async def settled(bus: Bus, model: str) -> None:
-    async with asyncio.timeout(60):
-        while await queued(bus, model) + await running(bus, model):
-            await asyncio.sleep(0.05)
-
-
-async def outcomes(bus: Bus) -> Counter[str]:
-    """How the runs ended, by the usage events."""
-    found: Counter[str] = Counter()
-    last = (await bus.js_request(f"STREAM.INFO.{names.STREAM_USAGE}"))["state"]["last_seq"]
-    for seq in range(1, last + 1):
-        body = msgspec.json.encode({"seq": seq})
-        message = await bus.request(f"$JS.API.DIRECT.GET.{names.STREAM_USAGE}", body)
-        found.update(event.outcome for event in decode_usage_events(message.data))
-    return found
 
 
 async def test_what_outlives_the_drain_goes_on_elsewhere_without_a_crash(cluster: Cluster) -> None:
@@ -86,7 +28,7 @@ async def test_what_outlives_the_drain_goes_on_elsewhere_without_a_crash(cluster
     )
     publisher = await cluster.publisher()
     texts = [f"{WORDS} {n}" for n in range(24)]
-    asked = [await begun(publisher, text, stream=n % 3 > 0) for n, text in enumerate(texts)]
+    asked = [await begun(publisher, "echo", text, stream=n % 3 > 0) for n, text in enumerate(texts)]
     held = [call for call, _ in asked if call.reception.run.endswith(first.id)]
     assert 0 < len(held) < 24
     first.send_signal(signal.SIGTERM)
@@ -106,7 +48,7 @@ async def test_what_ends_within_the_drain_is_not_handed_over(cluster: Cluster) -
     first, _ = await cluster.deploy_echo(workers=2, slots="32", interval_ms="20", tokens="40")
     publisher = await cluster.publisher()
     texts = [f"{WORDS} {n}" for n in range(16)]
-    asked = [await begun(publisher, text) for text in texts]
+    asked = [await begun(publisher, "echo", text) for text in texts]
     first.send_signal(signal.SIGTERM)
     async with asyncio.timeout(60):
         assert await asyncio.gather(*(task for _, task in asked)) == [whole(text, 40) for text in texts]
@@ -121,36 +63,19 @@ async def test_no_request_fails_while_workers_are_stopped_one_after_the_other_un
         engine_params={"interval_ms": "5", "tokens": "20"},
     )  # fmt: skip
     publisher = await cluster.publisher()
-    stop = asyncio.Event()
-    answered = 0
-
-    async def client(n: int) -> None:
-        nonlocal answered
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            text = f"{WORDS} {n} {turn}"
-            _, task = await begun(publisher, text, stream=n % 2 > 0)
-            assert await task == whole(text, 20)
-            answered += 1
-
-    async with asyncio.timeout(120), asyncio.TaskGroup() as group:
-        for n in range(12):
-            group.create_task(client(n))
-        for replica, worker in enumerate(workers):
-            new = cluster.start_worker(deployment, replica=replica)
-            while new.id not in publisher.registry.workers or publisher.registry.workers[new.id].state != "ok":
-                await publisher.registry.changed(1.0)
-            worker.send_signal(signal.SIGTERM)
-            assert await worker.wait(60) == 0
-            goal = answered + 50
-            while answered < goal:
-                await asyncio.sleep(0.05)
-        stop.set()
+    load = Load(publisher, "echo", {whole("go", 20)}, clients=12)
+    for replica, worker in enumerate(workers):
+        new = cluster.start_worker(deployment, replica=replica)
+        while new.id not in publisher.registry.workers or publisher.registry.workers[new.id].state != "ok":
+            await publisher.registry.changed(1.0)
+        worker.send_signal(signal.SIGTERM)
+        assert await worker.wait(60) == 0
+        await load.more(50)
+    await load.end()
     await settled(cluster.bus, "echo")
     ends = await outcomes(cluster.bus)
     assert ends.pop("handed_over", 0) > 0
-    assert ends == {"done": answered}
+    assert ends == {"done": load.answers.total()}
 
 
 async def test_alone_it_waits_for_the_worker_that_is_started_anew(cluster: Cluster) -> None:
@@ -159,7 +84,7 @@ async def test_alone_it_waits_for_the_worker_that_is_started_anew(cluster: Clust
         name="echo", model="echo", engine="echo", revision="1", engine_params={"interval_ms": "50", "tokens": "60"}
     )
     publisher = await cluster.publisher(PublisherSettings(resume_wait_s=60))
-    call, task = await begun(publisher, WORDS)
+    call, task = await begun(publisher, "echo", WORDS)
     first.send_signal(signal.SIGTERM)
     assert await first.wait(60) == 0
     assert not task.done()
@@ -173,8 +98,8 @@ async def test_alone_it_waits_for_the_worker_that_is_started_anew(cluster: Clust
 async def test_when_nobody_comes_a_stream_ends_with_an_error_and_a_plain_request_waits(cluster: Cluster) -> None:
     (first,) = await cluster.deploy_echo(interval_ms="50", tokens="60", drain_s="0.2")
     publisher = await cluster.publisher(PublisherSettings(resume_wait_s=1))
-    _, streamed = await begun(publisher, WORDS)
-    plain, answer = await begun(publisher, WORDS, stream=False)
+    _, streamed = await begun(publisher, "echo", WORDS)
+    plain, answer = await begun(publisher, "echo", WORDS, stream=False)
     first.send_signal(signal.SIGTERM)
     assert await first.wait(60) == 0
     async with asyncio.timeout(60):
@@ -194,7 +119,7 @@ async def test_when_nobody_comes_a_stream_ends_with_an_error_and_a_plain_request
 async def test_retiring_finishes_everything_however_long_it_takes(cluster: Cluster) -> None:
     first, _ = await cluster.deploy_echo(workers=2, interval_ms="50", tokens="60", drain_s="0.1")
     publisher = await cluster.publisher()
-    asked = [await begun(publisher, f"{WORDS} {n}") for n in range(8)]
+    asked = [await begun(publisher, "echo", f"{WORDS} {n}") for n in range(8)]
     first.send_signal(signal.SIGUSR1)
     async with asyncio.timeout(60):
         assert await asyncio.gather(*(task for _, task in asked)) == [whole(f"{WORDS} {n}", 60) for n in range(8)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
@@ -15,23 +14,7 @@ from modelbus_broker.connection import Bus
 from modelbus_broker.registry import Registry
 from modelbus_broker.server import EmbeddedServer
 
-from tests.helpers.hosts import NodeProcess, alive, live_claims, placed, until, unwish, wish
-
-StartNode = Callable[..., NodeProcess]
-
-
-@pytest.fixture
-async def start_node(bus: Bus, bus_url: str, tmp_path: Path) -> AsyncIterator[StartNode]:
-    """Starts nodes on the test's bus; arguments are those of the command line."""
-    nodes: list[NodeProcess] = []
-
-    def start(name: str, *arguments: str) -> NodeProcess:
-        nodes.append(NodeProcess(tmp_path / name, "--address", bus_url, *arguments))
-        return nodes[-1]
-
-    yield start
-    for node in nodes:
-        await node.close()
+from tests.helpers.hosts import NodeProcess, StartNode, alive, live_claims, placed, until, unwish, wish
 
 
 async def _known(registry: Registry, *nodes: NodeProcess) -> None:

@@ -36,6 +36,10 @@ class Deployment(Message, frozen=True, kw_only=True, tag="deployment"):
     exclusive: bool = False  #: at most one worker may ever run a replica
     created_ms: int = 0
     drain_s: float = 25.0  #: after SIGTERM a worker finishes what it can for so long, then hands over what is left
+    closing: bool = False  #: it is being undeployed: no new requests, what waits is served
+    wait_until_ms: int = (
+        0  #: until then (Unix time) requests wait where no worker is ready: a revision is being replaced
+    )
 
 
 class Claim(Message, frozen=True, kw_only=True, tag="claim"):

@@ -108,7 +108,7 @@ def start(
             _remember(address, creds, tls_ca)
     except BaseException:
         for process in reversed(started):
-            _end(process.pid)
+            _end(process.pid, 60.0)
         raise
     _say_what_runs(head, listen)
 
@@ -196,8 +196,10 @@ def _say_what_runs(head: bool, listen: str) -> None:
 
 
 @click.command(cls=SeedCommand)
-def stop() -> None:
-    """Stop the node and the bus of this host."""
+@click.option("--timeout-s", type=float, default=120.0, show_default=True,
+              help="What has not ended then is killed; workers take their deployment's drain time.")  # fmt: skip
+def stop(timeout_s: float) -> None:
+    """Stop the node and the bus of this host; workers finish what they can first."""
     now = running()
     if not (now.node_pid or now.bus_pid):
         state = home() / "bus.json"
@@ -208,11 +210,11 @@ def stop() -> None:
     for pid, what in ((now.node_pid, "node"), (now.bus_pid, "bus")):
         if pid:
             click.echo(f"stopping the {what} (pid {pid})", err=True)
-            _end(pid)
+            _end(pid, timeout_s)
     (home() / "bus.json").unlink(missing_ok=True)
 
 
-def _end(pid: int, timeout_s: float = 60.0) -> None:
+def _end(pid: int, timeout_s: float) -> None:
     """SIGTERM, and SIGKILL for one that does not end."""
     try:
         process = psutil.Process(pid)

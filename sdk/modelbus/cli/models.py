@@ -43,6 +43,8 @@ LOGS_WAIT_S = 1.0
 @click.option("--priority", type=int, default=0, show_default=True, help="0 is served first, 9 last.")
 @click.option("--budget-s", type=float, default=600.0, show_default=True, help="Of a request that names no time.")
 @click.option("--timeout-s", type=float, default=600.0, show_default=True, help="For coming up.")
+@click.option("--drain-s", type=float, default=25.0, show_default=True,
+              help="A worker that is stopped finishes what it can for so long, then hands over.")  # fmt: skip
 @bus_options
 @json_option
 def deploy(address: str, creds: str, as_json: bool, **given: Any) -> None:
@@ -69,7 +71,7 @@ async def _deploy(address: str, creds: str, spec: DeploySpec) -> deploying.Deplo
 
 @click.command(cls=SeedCommand)
 @click.option("--model", required=True)
-@click.option("--drain", is_flag=True, help="Serve what waits first.")
+@click.option("--drain", is_flag=True, help="Take no new requests and serve what waits first.")
 @click.option("--drop", is_flag=True, help="Move what waits to the dead letters.")
 @click.option("--force", is_flag=True, help="The same as --drop.")
 @click.option("--timeout-s", type=float, default=600.0, show_default=True, help="For draining.")

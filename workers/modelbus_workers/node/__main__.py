@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from modelbus_broker.errors import ModelBusError
 
-from .agent import running_node
+from .opening import running_node
 from .settings import NodeSettings, parse
 
 

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib.metadata
-import json
 import logging
 import os
-import re
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
 from modelbus_broker import names
 from modelbus_broker.buckets import Bucket, BucketReader
 from modelbus_broker.connection import Bus, JetStreamError, Msg
-from modelbus_broker.credentials import Credential, load_credential
-from modelbus_broker.errors import BusUnavailable, ConfigurationError, Conflict, ModelBusError
+from modelbus_broker.errors import BusUnavailable, Conflict, ModelBusError
 from modelbus_broker.messages import (
     Claim,
     Deployment,
@@ -37,32 +32,32 @@ from modelbus_broker.messages import (
     encode,
 )
 from modelbus_broker.registry import Registry
-from modelbus_broker.sealing import make_seal_key, public_seal_key
-from modelbus_broker.topology import declare_bus, declare_memory
+from modelbus_broker.sealing import public_seal_key
+from modelbus_broker.topology import declare_memory
 
 from modelbus_workers.job import WorkerJob
 
 from .claiming import after_refusal, backoff_s, held_off, may_claim, next_roll, wished
-from .processes import Keeper, WorkerProcess, describe_end, log_path, tail
+from .processes import Keeper, WorkerProcess, describe_end
 from .replica import Replica
 from .resources import Offer, offer, offer_of
 from .room import Free, Share, free, free_of, place, why_no_room
 from .secrets import engine_params
 from .settings import NodeSettings
+from .worker_logs import LOGS, logs_answer
 
 log = logging.getLogger(__name__)
 
-LOGS = "mb.logs"
-#: A worker that takes nothing new finishes what it holds and ends by itself; background requests may take a day.
-_RETIRE_S = 24 * 3600.0
+#: Room that does not come within so many seconds after a worker was told to end is no longer waited for.
+_ROOM_COMES_S = 30.0
 #: A worker that was ok for so long has recovered from its earlier crashes.
 _RECOVERED_S = 60.0
 
 
 class Node:
-    """The agent of one host. Made by :func:`running_node`."""
+    """The agent of one host. Made by ``opening.running_node``."""
 
-    def __init__(self, settings: NodeSettings, node_id: str, bus: Bus, seal_key: str) -> None:
+    def __init__(self, settings: NodeSettings, node_id: str, bus: Bus, seal_key: str, *, may_administer: bool) -> None:
         self.id = node_id
         self.settings = settings
         self.bus = bus
@@ -77,6 +72,7 @@ class Node:
         #: Set to end workers without waiting for them.
         self.hurry = asyncio.Event()
         self._seal_key = seal_key
+        self._may_administer = may_administer
         self._keeper = Keeper()
         self._refused: dict[str, str] = {}
         self._excluded: set[str] = set()  #: failure keys that we wrote: the reader may not have them yet
@@ -203,7 +199,7 @@ class Node:
     def _room_is_coming(self) -> bool:
         """Whether a worker is about to end: then a roll rather waits than stops a worker for want of room."""
         stopping = (worker.stopping_at for replica in self.replicas.values() for worker in replica.workers())
-        return any(at and time.monotonic() - at < self.settings.stop_grace_s for at in stopping)
+        return any(at and time.monotonic() - at < _ROOM_COMES_S for at in stopping)
 
     def _fits_elsewhere(self, deployment: Deployment) -> bool:
         """Whether another live node seems to have room; whether the model is there, only that node can say."""
@@ -233,7 +229,7 @@ class Node:
         silent_s = time.monotonic() - replica.renewed_at
         if replica.deployment.exclusive and silent_s > self.settings.exclusive_stop_s:
             log.warning("%s is exclusive and its claim was not renewed for %.0f s: stopping it", replica, silent_s)
-            self._close(replica, 5.0)
+            self._close(replica, grace_s=5.0)
 
     async def _write_claim(self, replica: Replica) -> None:
         bucket = self.claims.bucket
@@ -246,7 +242,8 @@ class Node:
                 case "stop":
                     log.warning("another node has claimed %s: stopping it here", replica)
                     replica.released = True  # it is not ours to release
-                    self._close(replica, 5.0)
+                    # Where two may run at once, what it has is finished; another one would wait for it otherwise.
+                    self._close(replica, grace_s=5.0 if replica.deployment.exclusive else None)
                     return
                 case "go on" | "claim":
                     # A second refusal means that someone else writes now: the next renewal finds out who.
@@ -258,7 +255,7 @@ class Node:
 
     async def _on_reconnect(self) -> None:
         self._reconnected_at = time.monotonic()
-        if _may_administer(self.settings):
+        if self._may_administer:
             with contextlib.suppress(JetStreamError, BusUnavailable):
                 await declare_memory(self.bus)
         self._published = None
@@ -281,12 +278,15 @@ class Node:
 
     async def _step(self, replica: Replica) -> None:
         """Brings one replica one step nearer to what is wished for."""
-        if replica.closing is not None:
-            return
         replica.retiring = {worker for worker in replica.retiring if worker.code is None}
         wish = wished(self.registry.deployments.values()).get(replica.key)
+        undeployed = self.registry.deployment(replica.deployment.name) is None
+        if replica.closing is not None:
+            if undeployed:  # it may be one that was finishing at leisure
+                self._stop_workers(replica)
+            return
         if wish is None:
-            return self._close(replica, self.settings.stop_grace_s)
+            return self._close(replica, retire=not undeployed)
         deployment, _ = wish
         for worker in (replica.current, replica.beside):
             if worker is not None:
@@ -294,7 +294,10 @@ class Node:
         if replica.closing is not None:
             return
         if replica.beside is not None:
-            if replica.beside.ok:
+            if replica.beside.deployment.revision != deployment.revision:
+                self._retire(replica, replica.beside)  # the roll was taken back
+                replica.beside = None
+            elif replica.beside.ok:
                 self._swap(replica)
         elif replica.current is None:
             await self._start_current(replica, deployment)
@@ -345,14 +348,16 @@ class Node:
         if deployment.exclusive and replica.retiring:
             return
         if self._is_excluded(deployment):
-            return self._close(replica, self.settings.stop_grace_s)
+            if not replica.retiring:  # what still finishes there may be started again when the roll is taken back
+                self._close(replica)
+            return
         left = self._left(without=replica)
         why = why_no_room(deployment, self.offer, left)
         share = place(deployment, left)
         if why or share is None:
             if not replica.retiring:  # nothing of ours will make room
                 log.info("%s no longer fits here: %s", replica, why)
-                self._close(replica, self.settings.stop_grace_s)
+                self._close(replica)
             return
         if not same:
             replica.crashes = 0
@@ -396,9 +401,15 @@ class Node:
             self._retire(replica, old)
 
     def _retire(self, replica: Replica, worker: WorkerProcess) -> None:
+        """Lets a worker finish what it has, at most to the deadlines."""
         replica.retiring.add(worker)
         worker.stopping_at = time.monotonic()  # now: the next replica of this step must know it
-        self._keep(worker.stop(_RETIRE_S, self.hurry), f"retire-{worker.id}")
+        self._keep(worker.retire(self.hurry), f"retire-{worker.id}")
+
+    def _stop_workers(self, replica: Replica) -> None:
+        for worker in replica.workers():
+            if not worker.pressed:
+                self._keep(worker.stop(worker.drain_limit_s, self.hurry), f"stop-{worker.id}")
 
     async def _start(self, replica: Replica, deployment: Deployment, share: Share) -> WorkerProcess | None:
         """Starts a worker; a fault before the process runs is a failed start too."""
@@ -439,27 +450,52 @@ class Node:
             await Bucket(self.bus, names.BUCKET_FAILURES).put(key, encode(failure))
         finally:
             if not any(worker.deployment.revision != deployment.revision for worker in replica.workers()):
-                self._close(replica, self.settings.stop_grace_s)
+                self._close(replica)
 
-    def _close(self, replica: Replica, grace_s: float) -> None:
-        """Ends a replica's workers, then gives its claim back. Does nothing if that is under way."""
+    def _close(
+        self, replica: Replica, *, grace_s: float | None = None, retire: bool = False, release_first: bool = False
+    ) -> None:
+        """Ends a replica's workers, then gives its claim back. Does nothing if that is under way.
+
+        Args:
+            grace_s: between SIGTERM and SIGKILL; None: what each worker needs to drain.
+            retire: the workers may finish all that they have.
+            release_first: the claim is given back at once, so that another node starts a worker meanwhile.
+        """
         if replica.closing is None:
-            replica.closing = self._keep(self._end(replica, grace_s), f"close-{replica.key}")
+            work = self._end(replica, grace_s, retire, release_first)
+            replica.closing = self._keep(work, f"close-{replica.key}")
 
-    async def _end(self, replica: Replica, grace_s: float) -> None:
+    async def _end(self, replica: Replica, grace_s: float | None, retire: bool, release_first: bool) -> None:
+        ends = [
+            worker.retire(self.hurry)
+            if retire
+            else worker.stop(worker.drain_limit_s if grace_s is None else grace_s, self.hurry)
+            for worker in replica.workers()
+        ]
+        ending = asyncio.gather(*ends)
         try:
-            await asyncio.gather(*(worker.stop(grace_s, self.hurry) for worker in replica.workers()))
-            async with replica.writing:
-                if not replica.released:
-                    replica.released = True
-                    await self.claims.bucket.delete(replica.key, replica.seq)
-        except (Conflict, BusUnavailable, JetStreamError) as error:
-            # It is not renewed any more, so it expires by itself.
-            log.info("the claim of %s could not be released: %s", replica, error)
+            if release_first:
+                await asyncio.sleep(0)  # first they take nothing new
+                await self._release(replica)
+            await ending
         finally:
+            await self._release(replica)
             self.replicas.pop(replica.key, None)
             log.info("released %s", replica)
             self._wake()
+
+    async def _release(self, replica: Replica) -> None:
+        """Gives the claim back, once."""
+        async with replica.writing:
+            if replica.released:
+                return
+            replica.released = True
+            try:
+                await self.claims.bucket.delete(replica.key, replica.seq)
+            except (Conflict, BusUnavailable, JetStreamError) as error:
+                # It is not renewed any more, so it expires by itself.
+                log.info("the claim of %s could not be released: %s", replica, error)
 
     # Saying how things are.
 
@@ -499,25 +535,13 @@ class Node:
         )
 
     def _on_logs(self, msg: Msg) -> None:
-        if msg.reply:
-            self._keep(self._answer_logs(msg), "logs")
+        answer = logs_answer(msg, self.settings.logs, self.id, self.registry.deployments_of)
+        if msg.reply and answer:
+            self._keep(self._send(msg.reply, answer), "logs")
 
-    async def _answer_logs(self, msg: Msg) -> None:
-        """``{"model", "lines"}`` -> ``{"node", "host", "workers": [{"deployment", "replica", "lines"}]}``."""
-        try:
-            asked = json.loads(msg.data)
-            model, lines = str(asked["model"]), min(10_000, max(1, int(asked.get("lines", 100))))
-        except (ValueError, KeyError, TypeError):
-            return
-        found = []
-        for deployment in sorted({model, *(each.name for each in self.registry.deployments_of(model))}):
-            for number in _logged_replicas(self.settings.logs, deployment):
-                text = tail(log_path(self.settings.logs, deployment, number), lines)
-                found.append({"deployment": deployment, "replica": number, "lines": text})
-        if found:
-            answer = {"node": self.id, "host": socket.gethostname(), "workers": found}
-            with contextlib.suppress(BusUnavailable):
-                await self.bus.publish(msg.reply, json.dumps(answer).encode())
+    async def _send(self, subject: str, payload: bytes) -> None:
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.publish(subject, payload)
 
     # Plumbing.
 
@@ -538,17 +562,30 @@ class Node:
         return task
 
     async def _leave(self, loops: set[asyncio.Task[None]], ends: set[asyncio.Task[Any]]) -> None:
-        """Ends all workers, releases all claims and takes the node's record away."""
+        """Takes the node's record away, ends all workers and releases all claims.
+
+        In this order: claims go as soon as their workers take nothing new, so that other nodes start workers that can
+        take over what is left when the drain is over. An exclusive replica goes when its worker has ended.
+        """
         self._leaving = True
         self._wake()
-        # Not cancelled: one may be starting a process just now. Claims are renewed until their workers have ended.
+        # Not cancelled: one may be starting a process just now. Claims are renewed until they are released.
         await asyncio.wait([loop for loop in loops if loop.get_name() in ("claim", "step")], timeout=10)
+        for loop in loops:
+            if loop.get_name() == "heartbeat":
+                loop.cancel()
+        if self.bus.is_connected:
+            with contextlib.suppress(ModelBusError, TimeoutError):
+                await Bucket(self.bus, names.BUCKET_NODES).delete(self.id)
+        limit_s = max((w.drain_limit_s for r in self.replicas.values() for w in r.workers()), default=0.0)
         for replica in list(self.replicas.values()):
-            self._close(replica, self.settings.exit_grace_s)
+            if replica.closing is None:
+                self._close(replica, release_first=not replica.deployment.exclusive)
+            else:
+                self._stop_workers(replica)  # they may be finishing at leisure
         closing = [replica.closing for replica in self.replicas.values() if replica.closing is not None]
         if closing:
-            # A replica that was being undeployed has the longer grace of that: not when the node itself ends.
-            _, late = await asyncio.wait(closing, timeout=self.settings.exit_grace_s + 5)
+            _, late = await asyncio.wait(closing, timeout=limit_s + 5)
             if late:
                 self.hurry.set()
                 await asyncio.wait(late, timeout=10)
@@ -558,80 +595,6 @@ class Node:
         self.hurry.set()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=10)
-        if self.bus.is_connected:
-            with contextlib.suppress(ModelBusError, TimeoutError):
-                await Bucket(self.bus, names.BUCKET_NODES).delete(self.id)
-
-
-@contextlib.asynccontextmanager
-async def running_node(settings: NodeSettings) -> AsyncIterator[Node]:
-    """A node with its lock, its keys and its connection; call ``run`` on it.
-
-    Raises:
-        ConfigurationError: another node runs in this home folder, or a file there is damaged.
-        BusUnavailable, AuthenticationFailed: see ``Bus.connect``.
-    """
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(settings.home):
-        credential = _credential(settings)
-        seal_key = credential.seal_key or make_seal_key(settings.home / "node.key")
-        node_id = _node_id(settings.home)
-        async with await Bus.connect(settings.bus, name=f"node {node_id}") as bus:
-            if _may_administer(settings):
-                await _declare_if_new(bus)
-            yield Node(settings, node_id, bus, seal_key)
-
-
-async def _declare_if_new(bus: Bus) -> None:
-    """Declares the bus unless it is: how many copies its streams have is not ours to change."""
-    try:
-        await bus.js_request(f"STREAM.INFO.{names.STREAM_HI}")
-        await declare_memory(bus)
-    except JetStreamError:
-        await declare_bus(bus)
-
-
-def _credential(settings: NodeSettings) -> Credential:
-    return load_credential(Path(settings.bus.creds).expanduser()) if settings.bus.creds else Credential()
-
-
-def _may_administer(settings: NodeSettings) -> bool:
-    return _credential(settings).may_administer
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    path = home / "node.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode().strip() or "unknown"
-            raise ConfigurationError(
-                f"a node with pid {holder} runs on this host already (home folder {home}): `modelbus stop` ends it"
-            ) from None
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
-        os.truncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _node_id(home: Path) -> str:
-    """The node's id: the same over restarts, so that it finds its own claims and failures again."""
-    path = home / "node.id"
-    if not path.exists():
-        host = re.sub(r"[^a-z0-9]+", "-", socket.gethostname().lower()).strip("-")[:24] or "node"
-        path.write_text(f"{host}-{names.random_token(6)}\n")
-    return path.read_text().strip()
-
-
-def _logged_replicas(logs: Path, deployment: str) -> list[int]:
-    token = names.model_token(deployment)
-    numbers = (path.name.removeprefix(f"{token}.").removesuffix(".log") for path in logs.glob(f"{token}.*.log"))
-    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def _version() -> str:

@@ -17,7 +17,7 @@ import msgspec
 from modelbus_broker.names import model_token
 from modelbus_broker.parent import die_with_parent
 
-from modelbus_workers.job import WorkerJob
+from modelbus_workers.job import DRAIN_END_S, WorkerJob
 
 from . import keeper
 from .room import Share
@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 #: A log that has grown beyond this is put aside as ``.1`` when its worker starts again.
 _LOG_BYTES = 8 << 20
 _TAIL_BYTES = 256 << 10
+#: What a worker takes of the time in which it ends by itself may be exceeded by so much, on a busy host.
+_LATE_S = 3.0
+#: The longest that one may finish what it has: background requests may take a day.
+_RETIRE_S = 24 * 3600.0
 
 
 class Keeper:
@@ -96,6 +100,8 @@ class WorkerProcess:
         self._ended_at = 0.0
         #: Monotonic; when it was first asked to stop, 0 before.
         self.stopping_at = 0.0
+        #: SIGTERM was sent: it ends in bounded time.
+        self.pressed = False
         self._process = process
         self._log_file = log_file
         self._log_from = log_from
@@ -143,12 +149,26 @@ class WorkerProcess:
         """How long it has run, or ran."""
         return (self._ended_at or time.monotonic()) - self._started
 
+    @property
+    def drain_limit_s(self) -> float:
+        """Within so many seconds after SIGTERM it ends by itself, unless it stands still."""
+        return self.deployment.drain_s + DRAIN_END_S + _LATE_S
+
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
         """SIGTERM, then SIGKILL to all of the group after ``grace_s`` or as soon as ``hurry`` is set."""
+        self.pressed = True
+        await self._end(signal.SIGTERM, grace_s, hurry)
+
+    async def retire(self, hurry: asyncio.Event) -> None:
+        """Lets it finish what it has, at most to the deadlines; SIGKILL as soon as ``hurry`` is set."""
+        # One that never was ok holds nothing, and may not listen to this signal yet.
+        await self._end(signal.SIGUSR1 if self.ok else signal.SIGTERM, _RETIRE_S, hurry)
+
+    async def _end(self, number: signal.Signals, grace_s: float, hurry: asyncio.Event) -> None:
         if self.code is None:
             self.stopping_at = self.stopping_at or time.monotonic()
             with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+                self._process.send_signal(number)
             waits = {asyncio.ensure_future(self.ended.wait()), asyncio.ensure_future(hurry.wait())}
             try:
                 await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)

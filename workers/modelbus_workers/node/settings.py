@@ -25,8 +25,6 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     renew_s: float = 5.0
     hold_off_s: float = 10.0  #: after a reconnect, no replica is claimed that did not run here
     spread_s: float = 0.05  #: wait per replica already held before another is claimed
-    stop_grace_s: float = 30.0  #: between SIGTERM and SIGKILL for a worker that is no longer wanted
-    exit_grace_s: float = 15.0  #: the same when the node itself ends
     backoff_first_s: float = 0.5  #: before a crashed worker is started again; doubles
     backoff_most_s: float = 30.0
     log_level: str = "INFO"

@@ -1,0 +1,25 @@
+"""Fixtures of the system tests: real nodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from modelbus_broker.connection import Bus
+
+from tests.helpers.hosts import NodeProcess, StartNode
+
+
+@pytest.fixture
+async def start_node(bus: Bus, bus_url: str, tmp_path: Path) -> AsyncIterator[StartNode]:
+    """Starts nodes on the test's bus; arguments are those of the command line."""
+    nodes: list[NodeProcess] = []
+
+    def start(name: str, *arguments: str) -> NodeProcess:
+        nodes.append(NodeProcess(tmp_path / name, "--address", bus_url, *arguments))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        await node.close()
