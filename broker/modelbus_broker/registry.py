@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 
 from . import names
@@ -61,8 +60,8 @@ class Registry:
         finally:
             for wait in waits:
                 wait.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(*waits, return_exceptions=True)
+            # Only a cancellation of our own is raised here, and it must not get lost.
+            await asyncio.gather(*waits, return_exceptions=True)
 
     @property
     def deployments(self) -> Mapping[str, Deployment]:
