@@ -18,6 +18,7 @@ ModelBusError
 ├── StreamCut                      502 stream_cut
 ├── ModelUnavailable               503 model_unavailable
 ├── BusUnavailable                 503 bus_unavailable
+├── GatewayStopping                503 gateway_stopping
 ├── DeadlineExceeded               504 deadline_exceeded
 ├── DeploymentFailed               500 deployment_failed
 │   └── NoRoom                     503 no_room
@@ -183,6 +184,12 @@ class BusUnavailable(ModelBusError):
     """The bus cannot be reached. `modelbus start --head` starts one on this host."""
 
     code, default_status, retryable = "bus_unavailable", 503, True
+
+
+class GatewayStopping(ModelBusError):
+    """The gateway is being stopped. Another one, or the same when it runs again, takes the request."""
+
+    code, default_status, retryable = "gateway_stopping", 503, True
 
 
 class DeadlineExceeded(ModelBusError):

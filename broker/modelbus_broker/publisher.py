@@ -28,6 +28,7 @@ from .errors import (
     ModelNotFound,
     ModelUnavailable,
     QueueFull,
+    RequestCancelled,
     WorkerLost,
     error_of,
 )
@@ -132,13 +133,19 @@ class Publisher:
 
     async def close(self) -> None:
         """Cancels what still runs and stops listening."""
-        calls = list(self._calls.values())
-        await asyncio.gather(*(call.cancel() for call in calls if not call.request.background), return_exceptions=True)
+        await self.give_up(RequestCancelled("the publisher was closed"))
         for task in [*self._background, *self._tasks]:
             task.cancel()
         await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
+
+    async def give_up(self, error: ModelBusError) -> None:
+        """Ends all requests here with an error. Those that run in the background go on without us."""
+        calls = [call for call in self._calls.values() if not call.request.background]
+        for call in calls:
+            call.fail(error)
+        await asyncio.gather(*(self.withdraw(call) for call in calls), return_exceptions=True)
 
     def in_flight(self) -> int:
         """Requests whose last frame has not come."""

@@ -13,7 +13,7 @@ from modelbus_broker.storing import PublisherSettings
 
 from . import handlers
 from .delivery import ClientWatch
-from .edge import edge
+from .edge import Traffic, edge
 from .handlers import GATEWAY, Gateway
 from .metrics import Metrics
 from .settings import GatewaySettings
@@ -34,8 +34,8 @@ def create_app(
     Raises:
         BusUnavailable, AuthenticationFailed: at startup, when the bus cannot be reached or knows no streams.
     """
-    metrics = Metrics()
-    app = web.Application(middlewares=[edge(settings, metrics)], client_max_size=settings.max_body_bytes)
+    metrics, traffic = Metrics(), Traffic()
+    app = web.Application(middlewares=[edge(settings, metrics, traffic)], client_max_size=settings.max_body_bytes)
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -53,7 +53,7 @@ def create_app(
             )
             stack.push_async_callback(watch.close)
             await watch.start()
-            app[GATEWAY] = Gateway(settings, connection, registry, publisher, watch, metrics)
+            app[GATEWAY] = Gateway(settings, connection, registry, publisher, watch, metrics, traffic)
             yield
 
     app.cleanup_ctx.append(lifetime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -20,6 +21,40 @@ log = logging.getLogger(__name__)
 #: Headers that scripts of other origins may read.
 EXPOSED_HEADERS = "x-request-id, retry-after"
 _METHODS = "GET, POST, HEAD, OPTIONS"
+
+
+class Traffic:
+    """The requests that are being answered now; a gateway that stops waits for them.
+
+    Attributes:
+        closing: the gateway stops: connections that are still open get one more answer, and are closed with it.
+    """
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.closing = False
+        self._idle = asyncio.Event()
+
+    def begin(self) -> None:
+        self.running += 1
+
+    def end(self) -> None:
+        self.running -= 1
+        if self.closing and not self.running:
+            self._idle.set()
+
+    async def ended(self, timeout_s: float) -> bool:
+        """Waits until all are answered; False if some are not within the time."""
+        self.closing = True
+        if not self.running:
+            return True
+        self._idle.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
 class Exchange:
@@ -54,7 +89,7 @@ def error_body(error: ModelBusError) -> bytes:
     return _body(error.status, error.message, error.code, error.param, error.upstream)
 
 
-def edge(settings: GatewaySettings, metrics: Metrics) -> Middleware:
+def edge(settings: GatewaySettings, metrics: Metrics, traffic: Traffic) -> Middleware:
     """Makes the middleware."""
     key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
     cors = _cors(settings)
@@ -63,6 +98,9 @@ def edge(settings: GatewaySettings, metrics: Metrics) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         origin = request.headers.get("Origin")
         exchange = request[EXCHANGE] = Exchange(cors(origin) if origin is not None else {})
+        if traffic.closing:
+            exchange.headers["Connection"] = "close"
+        traffic.begin()
         status = 499  # whatever is not answered: its client has hung up
         metrics.in_flight.inc()
         try:
@@ -86,6 +124,7 @@ def edge(settings: GatewaySettings, metrics: Metrics) -> Middleware:
                 body=_body(500, "The gateway failed; its log says why.", "internal_error"),
             )  # fmt: skip
         finally:
+            traffic.end()
             metrics.in_flight.dec()
             metrics.ended(_route(request), exchange.model, status, time.monotonic() - exchange.started)
         if exchange.headers and not response.prepared:

@@ -18,7 +18,7 @@ from modelbus_broker.publisher import CallOptions, Publisher
 from modelbus_broker.registry import Registry
 
 from .delivery import ClientWatch
-from .edge import EXCHANGE, Exchange, body_too_large, error_body
+from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
@@ -46,6 +46,7 @@ class Gateway:
         publisher: Publisher,
         watch: ClientWatch,
         metrics: Metrics,
+        traffic: Traffic,
     ) -> None:
         self.settings = settings
         self.bus = bus
@@ -53,6 +54,7 @@ class Gateway:
         self.publisher = publisher
         self.watch = watch
         self.metrics = metrics
+        self.traffic = traffic
 
     async def body(self, request: web.Request) -> bytes:
         """Raises RequestTooLarge, if the head says so before anything is read."""
@@ -162,10 +164,10 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Requests can be taken: the bus is connected and what is deployed is known."""
+    """Requests can be taken: the bus is connected, what is deployed is known, and the gateway is not stopping."""
     gateway = request.app[GATEWAY]
     connected, registry = gateway.bus.is_connected, gateway.registry.ready
-    is_ready = connected and registry
+    is_ready = connected and registry and not gateway.traffic.closing
     found = {"status": "ok" if is_ready else "not ready", "bus": connected, "registry": registry}
     return _json({**found, "models": len(gateway.registry.models())}, 200 if is_ready else 503)
 

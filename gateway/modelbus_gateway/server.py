@@ -10,10 +10,16 @@ from collections.abc import AsyncIterator, Callable
 from aiohttp import web
 from modelbus_broker import garbage
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import ConfigurationError
+from modelbus_broker.errors import ConfigurationError, GatewayStopping
 
 from .app import create_app
+from .handlers import GATEWAY
 from .settings import GatewaySettings
+
+#: What still runs when the gateway ends has so long to say so.
+_CUT_S = 2.0
+#: A request that was on its way over an open connection when the gateway stopped has come after so long.
+_LATE_S = 0.3
 
 
 @contextlib.asynccontextmanager
@@ -21,7 +27,7 @@ async def listening(
     settings: GatewaySettings, bus: Bus | None = None, *, reuse_port: bool = False
 ) -> AsyncIterator[web.Application]:
     """Serves while the block runs. At its end no new connection is taken, and running requests have
-    ``shutdown_grace_s`` to come to their end.
+    ``shutdown_grace_s`` to come to their end; then they end with an error.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -33,7 +39,7 @@ async def listening(
         app,
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=settings.shutdown_grace_s,
+        shutdown_timeout=_CUT_S,
         handle_signals=False,
     )
     try:
@@ -52,7 +58,26 @@ async def listening(
             raise cannot_listen(settings, error) from error
         yield app
     finally:
-        await runner.cleanup()
+        try:
+            await _drain(runner, app, settings.shutdown_grace_s)
+        finally:
+            await runner.cleanup()
+
+
+async def _drain(runner: web.AppRunner, app: web.Application, grace_s: float) -> None:
+    """Stops listening and waits for the running requests; what outlives the grace hears why it ends."""
+    for site in list(runner.sites):
+        await site.stop()
+    if (gateway := app.get(GATEWAY)) is None:
+        return
+    done = await gateway.traffic.ended(grace_s)
+    if done and runner.server is not None and runner.server.connections:
+        await asyncio.sleep(_LATE_S)
+        done = await gateway.traffic.ended(grace_s)
+    if not done:
+        error = GatewayStopping(f"The gateway is stopping, and the answer was not complete after {grace_s:g} s.")
+        await gateway.publisher.give_up(error)
+        await gateway.traffic.ended(_CUT_S)
 
 
 def cannot_listen(settings: GatewaySettings, error: OSError) -> ConfigurationError:

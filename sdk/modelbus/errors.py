@@ -12,6 +12,7 @@ from modelbus_broker.errors import (
     DeploymentFailed,
     EmbeddedServerFailed,
     EngineFailed,
+    GatewayStopping,
     InvalidRequest,
     MissingExtra,
     ModelBusError,
@@ -32,7 +33,7 @@ from modelbus_broker.errors import (
 
 __all__ = [
     "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict", "ContextLengthExceeded",
-    "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed", "InvalidRequest",
+    "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed", "GatewayStopping", "InvalidRequest",
     "MissingExtra", "ModelBusError", "ModelNotFound", "ModelUnavailable", "NoRoom", "NotFound", "PoisonRequest",
     "QueueFull", "RequestCancelled", "RequestTooLarge", "StreamCut", "UndeployRefused", "UnsupportedField",
     "UpstreamFailed", "WorkerLost",

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
 
-from tests.gateway.conftest import free_port
+from tests.gateway.conftest import Start, free_port
 from tests.helpers.cluster import Cluster
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}
 KEY = "a-key-nobody-may-see"
-
-
-class GatewayProcess:
-    """One ``python -m modelbus_gateway``."""
-
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "modelbus_gateway", "--port", str(self.port), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})},
-        )  # fmt: skip
-
-    async def ready(self) -> None:
-        assert self.process.stdout is not None
-        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 30)
-        assert self.url in line
-
-    async def ended(self) -> tuple[int, str]:
-        """Exit status and what it wrote on standard error."""
-        _, words = await asyncio.to_thread(self.process.communicate, timeout=30)
-        return self.process.returncode, words
-
-    def children(self) -> list[psutil.Process]:
-        return list(psutil.Process(self.process.pid).children(recursive=True))
-
-
-Start = Callable[..., GatewayProcess]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    started: list[GatewayProcess] = []
-
-    def start_one(*arguments: str, environment: dict[str, str] | None = None) -> GatewayProcess:
-        started.append(GatewayProcess(*arguments, environment=environment))
-        return started[-1]
-
-    yield start_one
-    for gateway in started:
-        if gateway.process.poll() is None:
-            gateway.process.kill()
-        gateway.process.communicate()
 
 
 async def gone(processes: list[psutil.Process]) -> None:

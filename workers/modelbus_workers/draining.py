@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from modelbus_broker import names
 from modelbus_broker.errors import ModelBusError
@@ -46,10 +46,13 @@ def left_s(now: float, asked_at: float, drain_s: float, deadlines: Iterable[floa
 class Draining:
     """What a worker was told about its end, and how it gets there."""
 
-    def __init__(self, intake: Intake, liveness: Liveness, drain_s: float) -> None:
+    def __init__(
+        self, intake: Intake, liveness: Liveness, drain_s: float, exit_after: Callable[[float], object]
+    ) -> None:
         self._intake = intake
         self._liveness = liveness
         self._drain_s = drain_s
+        self._exit_after = exit_after
         self._asked_at = 0.0
         self.begun = asyncio.Event()
 
@@ -61,7 +64,7 @@ class Draining:
         """Nothing new is taken; what runs has ``drain_s``, then it is handed over and the process ends."""
         if not self._asked_at:
             self._asked_at = asyncio.get_running_loop().time()
-            _exit_after(self._drain_s + DRAIN_END_S)
+            self._exit_after(self._drain_s + DRAIN_END_S)
         self.begun.set()
 
     async def run(self) -> None:
@@ -73,7 +76,7 @@ class Draining:
             if left <= 0:
                 break
             await asyncio.wait([e.task for e in executions.values() if e.task], timeout=min(left, 0.5))
-        _exit_after(DRAIN_END_S)
+        self._exit_after(DRAIN_END_S)
         await self._hand_over(list(executions.values()))
 
     async def _hand_over(self, left: list[Execution]) -> None:
@@ -94,7 +97,7 @@ class Draining:
                     await self._intake.bus.publish(execution.pulled.ack_subject, b"-NAK")
 
 
-def _exit_after(seconds: float) -> None:
+def exit_after(seconds: float) -> None:
     """Ends the process after this time, even when an engine keeps the event loop for itself."""
 
     def leave() -> None:

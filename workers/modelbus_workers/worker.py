@@ -39,7 +39,7 @@ from modelbus_broker.messages import (
 from modelbus_broker.pulling import Puller
 from modelbus_broker.topology import consumers_of, declare_memory
 
-from .draining import Draining
+from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
 from .execution import Execution
 from .intake import Intake
@@ -57,9 +57,14 @@ IN_PROGRESS_S = 3.0
 
 
 class Worker:
-    """One engine, its slots and what is in them."""
+    """One engine, its slots and what is in them.
 
-    def __init__(self, job: WorkerJob, bus: Bus, engine: Engine) -> None:
+    ``exit_after`` is told how many seconds the worker may still take when it ends; a process ends itself then.
+    """
+
+    def __init__(
+        self, job: WorkerJob, bus: Bus, engine: Engine, exit_after: Callable[[float], object] = lambda seconds: None
+    ) -> None:
         self.job = job
         self.id = job.worker_id
         self.deployment = job.deployment
@@ -70,7 +75,7 @@ class Worker:
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
         self.executions = self.intake.executions
-        self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s)
+        self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s, exit_after)
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
         self._words = ""
@@ -314,7 +319,7 @@ async def serve(job: WorkerJob) -> int:
         except ModelBusError as error:
             sys.stderr.write(error.message + "\n")
             return EXIT_START_FAILED
-        worker = Worker(job, bus, engine)
+        worker = Worker(job, bus, engine, exit_after)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.draining.stop)
