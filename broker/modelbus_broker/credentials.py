@@ -216,6 +216,8 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                     f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in _QUEUES
                 ),  # how full a queue is, and whether it moves
                 *(f"$JS.API.CONSUMER.LIST.{stream}" for stream in _QUEUES),
+                # Where half an answer goes on, when nobody has made the consumer; to read and delete there is allowed anyway.
+                f"$JS.API.CONSUMER.CREATE.{names.STREAM_RE}.*.mb.re.*.*",
                 *_reads((*_REGISTRY, *_CLIENT_BUCKETS)),
                 *_reads_blobs(),
                 f"$JS.API.DIRECT.GET.{names.STREAM_OUT}",

@@ -106,6 +106,7 @@ class Publisher:
         self._calls: dict[str, Call] = {}
         self._per_model: dict[str, int] = {}
         self._heard: dict[str, float] = {}  # worker -> when
+        self._declared: set[str] = set()  #: subjects of half answers whose consumer is there
         self._worker_offset = len(names.response_subject(self.id, ""))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._background: list[asyncio.Task[None]] = []
@@ -500,6 +501,15 @@ class Publisher:
             await self._store(call, subject, end, accepted)
         except ModelBusError as error:
             call.fail(_not_again(end, error))
+            return
+        if call.attempt.compat and subject not in self._declared:
+            # Usually deploy has done it; a worker that was started later, elsewhere, may have a compat of its own.
+            self._declared.add(subject)
+            try:
+                await topology.declare_resume(self.bus, call.model, call.attempt.compat)
+            except ModelBusError as error:
+                self._declared.discard(subject)
+                log.warning("half an answer of %s may lie where nobody pulls: %s", call.model, error)
 
     async def _terminate(self, accepted: Accepted, why: str) -> None:
         await self._send(accepted.ack_subject, f"+TERM {why}".encode())

@@ -148,6 +148,12 @@ async def declare_model(bus: Bus, model: str, *, shares: int = 1, compats: Seque
     await asyncio.gather(*(_declare_consumer(bus, consumer) for consumer in consumers_of(model, shares, compats)))
 
 
+async def declare_resume(bus: Bus, model: str, compat: str) -> None:
+    """Makes the consumer that answers of this compat go on through, should nobody have made it."""
+    name, subject = names.consumer_name(model, "re", compat), names.resume_subject(model, compat)
+    await _declare_consumer(bus, ConsumerRef(names.STREAM_RE, name, subject, "re"))
+
+
 async def _declare_consumer(bus: Bus, consumer: ConsumerRef) -> None:
     config = {
         "name": consumer.name, "durable_name": consumer.name, "filter_subject": consumer.filter_subject,

@@ -276,6 +276,12 @@ async def test_a_client_may_not_publish(join: Join, subject: str) -> None:
     assert not await (await join("client")).may_publish(subject)
 
 
+async def test_a_client_may_make_the_consumer_that_half_an_answer_goes_on_through(join: Join) -> None:
+    client = await join("client")
+    assert await client.may_publish("$JS.API.CONSUMER.CREATE.MB_RE.chat_re_c.mb.re.chat.c")
+    assert not await client.may_publish("$JS.API.CONSUMER.CREATE.MB_RE.all.mb.re.>")
+
+
 @pytest.mark.parametrize("subject", [">", "_INBOX.>", "_INBOX_worker.>", "_INBOX_admin.>", "mb.req.>", "mb.find"])
 async def test_a_client_may_not_listen(join: Join, subject: str) -> None:
     assert not await (await join("client")).may_subscribe(subject)

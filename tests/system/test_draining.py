@@ -6,6 +6,7 @@ import asyncio
 import signal
 
 import pytest
+from modelbus_broker import names
 from modelbus_broker.errors import WorkerLost
 from modelbus_broker.messages import (
     Delta,
@@ -57,10 +58,10 @@ async def test_what_ends_within_the_drain_is_not_handed_over(cluster: Cluster) -
 
 
 async def test_no_request_fails_while_workers_are_stopped_one_after_the_other_under_load(cluster: Cluster) -> None:
-    workers = await cluster.deploy_echo(workers=2, slots="8", interval_ms="5", tokens="20", drain_s="0.05")
+    workers = await cluster.deploy_echo(workers=2, slots="8", interval_ms="40", tokens="20", drain_s="0.05")
     deployment = Deployment(
         name="echo", model="echo", engine="echo", revision="1", replicas=2, slots=8, drain_s=0.05,
-        engine_params={"interval_ms": "5", "tokens": "20"},
+        engine_params={"interval_ms": "40", "tokens": "20"},
     )  # fmt: skip
     publisher = await cluster.publisher()
     load = Load(publisher, "echo", {whole("go", 20)}, clients=12)
@@ -142,3 +143,16 @@ async def test_a_handed_over_answer_is_billed_once_and_whole(cluster: Cluster) -
                 usage = frame.usage
     assert call.attempt.attempt == 2
     assert usage.completion_tokens == 40
+
+
+async def test_half_an_answer_goes_on_also_where_nobody_had_made_its_consumer(cluster: Cluster) -> None:
+    first, second = await cluster.deploy_echo(workers=2, interval_ms="50", tokens="60", drain_s="0.2")
+    publisher = await cluster.publisher()
+    call, task = await begun(publisher, "echo", WORDS)
+    assert call.accepted is not None
+    consumer = names.consumer_name("echo", "re", call.accepted.compat)
+    await cluster.bus.js_request(f"CONSUMER.DELETE.{names.STREAM_RE}.{consumer}")
+    (first if call.reception.run.endswith(first.id) else second).send_signal(signal.SIGTERM)
+    async with asyncio.timeout(60):
+        assert await task == whole(WORDS, 60)
+    assert call.attempt.attempt == 2

@@ -11,6 +11,7 @@ from modelbus.spec import DeploySpec
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import DeploymentFailed, ModelNotFound, UndeployRefused
 from modelbus_broker.registry import Registry
+from modelbus_broker.storing import PublisherSettings
 
 from tests.helpers.asking import Load, begun, chat, outcomes, read, settled, whole
 from tests.helpers.cluster import Cluster
@@ -120,7 +121,7 @@ async def test_a_stopped_node_hands_over_to_the_one_that_takes_its_replicas(
     bus: Bus, cluster: Cluster, registry: Registry, start_node: StartNode
 ) -> None:
     leaving = start_node("leaving", "--cpus", "2")
-    publisher = await cluster.publisher()
+    publisher = await cluster.publisher(PublisherSettings(resume_wait_s=60))
     await until(lambda: registry.nodes, "the node is known")
     await deploying.deploy(
         cluster.bus, registry, publisher,

@@ -70,6 +70,10 @@ class Draining:
     async def run(self) -> None:
         """Returns when nothing is left in the worker's hands. The worker has stopped pulling before."""
         executions = self._intake.executions
+        # What the engine has not seen goes to another worker at once.
+        waiting = [execution for execution in executions.values() if execution.state == "held"]
+        for execution in waiting:
+            execution.hand_over()
         now = asyncio.get_running_loop().time
         while executions:
             left = left_s(now(), self._asked_at, self._drain_s, (e.deadline for e in executions.values()))
@@ -77,9 +81,9 @@ class Draining:
                 break
             await asyncio.wait([e.task for e in executions.values() if e.task], timeout=min(left, 0.5))
         self._exit_after(DRAIN_END_S)
-        await self._hand_over(list(executions.values()))
+        await self._hand_over(list(executions.values()), waiting)
 
-    async def _hand_over(self, left: list[Execution]) -> None:
+    async def _hand_over(self, left: list[Execution], handed: list[Execution]) -> None:
         for execution in left:
             execution.hand_over()
         if tasks := [execution.task for execution in left if execution.task]:
@@ -89,7 +93,7 @@ class Draining:
             self._intake.hand_over_now(execution)
         await self._intake.outbox.flush()
         await self._liveness.settle(CONFIRM_S)
-        for execution in left:
+        for execution in [*left, *handed]:
             key = names.run_key(execution.request.id, execution.run)
             if execution.handed_over and key in self._intake.outbox.rings:
                 # Its publisher is gone or cut off. Another worker gets the message now, not after its ack wait.

@@ -45,7 +45,7 @@ class Execution:
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
+        "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
         "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
@@ -60,6 +60,7 @@ class Execution:
         self.started_at = 0.0
         self.seq = 0
         self.state: Literal["held", "running", "ended"] = "held"
+        self.entered = False  #: its task has had its first step
         self.cancelled = False
         self.expired = False
         self.handed_over = False
@@ -78,7 +79,8 @@ class Execution:
         """Aborts the engine's work."""
         if self.state != "ended":
             self.cancelled, self.stop_reason = True, reason
-            if self.task is not None:
+            # A task that is cancelled before its first step never enters its own code, and would not end the run.
+            if self.task is not None and self.entered:
                 self.task.cancel()
 
     def expire(self) -> None:

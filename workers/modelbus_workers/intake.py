@@ -182,7 +182,10 @@ class Intake:
 
     async def _run(self, execution: Execution) -> None:
         usage, outcome, code = Usage(), "cancelled", "request_cancelled"
+        execution.entered = True
         try:
+            if execution.cancelled:
+                raise asyncio.CancelledError
             try:
                 if not await self._may_start(execution):
                     return
