@@ -26,7 +26,7 @@ async def _main(settings: NodeSettings) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        logging.info("node %s offers %s", node.id, node.offer)
+        logging.info("node %s offers %s", node.id, node.holdings.offer)
         await node.run(stop)
 
 

@@ -1,4 +1,4 @@
-"""Decisions about claims and rollouts. Pure: the loops in ``agent`` act on them.
+"""Decisions about claims and rollouts. Pure: ``agent`` and ``running`` act on them.
 
 A claim is a key of the bucket ``claims``, written with the sequence of the last message there. It may be written only
 over nothing, a release, a delete or an expiry marker, or over one's own value: never over another node's live one.

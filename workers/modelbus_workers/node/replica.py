@@ -12,7 +12,7 @@ from .room import Share
 
 
 class Replica:
-    """What the node knows of one claimed replica. The loops in ``agent`` change it.
+    """What the node knows of one claimed replica. ``running`` changes it.
 
     Usually ``current`` runs. During a rollout the new worker starts as ``beside``; the old one then is ``retiring``
     until it has finished what it holds.
