@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,10 @@ def test_every_command_of_the_document_works(served: Served, isolated_home: Path
         if " query " in command:
             assert len(done.stdout.strip()) > 3, said
         elif " stat " in command:
+            # Workers say twice a second what they have done.
+            end = time.monotonic() + 30
+            while sum(msgspec.json.decode(done.stdout)["total_requests"]) < 2 and time.monotonic() < end:
+                done = shell(as_modelbus(command, served))
             stat = msgspec.json.decode(done.stdout)
             assert (stat["total_workers"], stat["load_balance_strategy"]) == (3, "lru")
             assert len(stat["total_requests"]) == len(stat["state"]) == len(stat["workers_last_work_time"]) == 3

@@ -211,12 +211,14 @@ class Worker:
             await self.bus.publish(names.bucket_subject(names.BUCKET_WORKERS, self.id), encode(self.record()))
 
     async def _heartbeats(self) -> None:
-        busy = -1
+        told = (-1, -1)
         while True:
             await asyncio.sleep(0.5)
             due = time.monotonic() - self._last_beat >= HEARTBEAT_S
-            if self.bus.is_connected and (due or busy != len(self.executions)):
-                busy = len(self.executions)
+            # Who asks right after an answer shall find it counted, also when it came and went between two looks.
+            shown = (len(self.executions), self.intake.total)
+            if self.bus.is_connected and (due or told != shown):
+                told = shown
                 await self._beat()
 
     async def _on_reconnect(self) -> None:
