@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,3 +16,24 @@ def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct; in ``$MODELBUS_TEST_CACHE`` or ``.cache/models`` of the repository."""
     cache = os.environ.get("MODELBUS_TEST_CACHE") or Path(__file__).parents[2] / ".cache" / "models"
     return smollm2_folder(Path(cache))
+
+
+def smollm2_with(folder: Path, *, template: str, words: Mapping[str, bool]) -> Path:
+    """The same weights with another chat template, and with words that are tokens of their own.
+
+    ``words``: each takes the place of a special token that the model does not need; True: it stays special.
+    """
+    original = smollm2()
+    folder.mkdir(parents=True)
+    for file in original.iterdir():
+        if file.name not in ("tokenizer.json", "chat_template.jinja"):
+            (folder / file.name).symlink_to(file)
+    tokenizer = json.loads((original / "tokenizer.json").read_text())
+    unneeded = [token for token in tokenizer["added_tokens"] if not token["content"].startswith("<|")]
+    for token, (word, special) in zip(unneeded, words.items(), strict=False):
+        del tokenizer["model"]["vocab"][token["content"]]
+        tokenizer["model"]["vocab"][word] = token["id"]
+        token |= {"content": word, "special": special}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder

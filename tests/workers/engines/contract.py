@@ -7,11 +7,21 @@ does nothing, so that a test can run the whole list.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, cast
 
 import msgspec
-from modelbus_broker.messages import Chat, ChatMessage, Completion, Embedding, Sampling, Usage
+import pytest
+from modelbus_broker.messages import (
+    Chat,
+    ChatMessage,
+    Completion,
+    Embedding,
+    Sampling,
+    ToolCallDelta,
+    Usage,
+)
 from modelbus_workers.engines.base import Engine, EngineOutput, Finished, Output, Prompt, Run, VectorBatch
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -68,6 +78,75 @@ async def ask(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -
 def outputs_of(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -> AsyncGenerator[EngineOutput, None]:
     method = {Chat: engine.chat, Completion: engine.completion, Embedding: engine.embedding}[type(task)]
     return cast(AsyncGenerator[EngineOutput, None], method(task, Run(id="test", **run)))  # type: ignore[operator]
+
+
+class Said(msgspec.Struct):
+    """What the client of one choice has got: one answer, however many runs it came from."""
+
+    text: str = ""
+    token_ids: list[int] = []
+    reasons: list[str] = []
+    calls: list[ToolCallDelta] = []  #: as they came
+    scored: list[str] = []  #: the tokens that have log probabilities
+
+
+def said(outputs: Iterable[Output]) -> dict[int, Said]:
+    choices: dict[int, Said] = {}
+    for output in outputs:
+        choice = choices.setdefault(output.choice, Said())
+        choice.text += output.text
+        choice.token_ids += output.token_ids
+        choice.reasons += [output.finish_reason] if output.finish_reason else []
+        choice.calls += output.tool_calls
+        choice.scored += [score.token for score in output.logprobs]
+    return choices
+
+
+def logprobs(outputs: Iterable[Output]) -> dict[tuple[int, int], list[float]]:
+    """By choice and position: of the token and of its alternatives."""
+    found: dict[tuple[int, int], list[float]] = {}
+    places: Counter[int] = Counter()
+    for output in outputs:
+        for score in output.logprobs:
+            found[output.choice, places[output.choice]] = [score.logprob, *(top.logprob for top in score.top)]
+            places[output.choice] += 1
+    return found
+
+
+async def goes_on_anywhere(engine: Engine, task: Chat | Completion, cuts: Iterable[int] | None = None) -> list[Output]:
+    """Asserts that the answer is the same whether one run gives it, or a second one goes on after any output of the first.
+
+    The second run knows what a publisher does: the tokens and the number of characters of each choice.
+
+    Args:
+        cuts: how many outputs come from the first run, each time; all numbers if None.
+
+    Returns:
+        What the undisturbed run gave.
+    """
+    whole = [output async for output in outputs_of(engine, task)]
+    prompt, finished = whole[0], whole[-1]
+    assert isinstance(prompt, Prompt) and isinstance(finished, Finished)
+    outputs = [output for output in whole if isinstance(output, Output)]
+    choices = sorted(said(outputs))
+    for cut in range(len(outputs) + 1) if cuts is None else cuts:
+        first = outputs[:cut]
+        so_far = said(first)
+        rest = [
+            output
+            async for output in outputs_of(
+                engine, task, prompt_tokens=prompt.tokens,
+                output_token_ids=[so_far[choice].token_ids if choice in so_far else [] for choice in choices],
+                emitted_chars=[len(so_far[choice].text) if choice in so_far else 0 for choice in choices],
+            )
+        ]  # fmt: skip
+        both = [*first, *(output for output in rest if isinstance(output, Output))]
+        assert said(both) == said(outputs), f"after {cut} of {len(outputs)} outputs"
+        again, expected = logprobs(both), logprobs(outputs)
+        # Tokens that are read at once and one after the other give sums that differ in their last digits.
+        assert all(again[at] == pytest.approx(values, abs=1e-2) for at, values in expected.items())
+        assert rest[-1] == finished
+    return outputs
 
 
 async def check_capabilities_tell_what_is_served(engine: Engine) -> None:
@@ -167,9 +246,9 @@ async def check_log_probabilities_are_probabilities(engine: Engine) -> None:
     if "chat" not in capabilities.tasks or not capabilities.logprobs:
         return
     answer = await ask(engine, chat(QUESTION, max_tokens=4, logprobs=3))
-    logprobs = [logprob for output in answer.outputs for logprob in output.logprobs]
-    assert len(logprobs) == answer.usage.completion_tokens
-    assert all(logprob.logprob <= 0 and len(logprob.top) == 3 for logprob in logprobs)
+    scores = [score for output in answer.outputs for score in output.logprobs]
+    assert len(scores) == answer.usage.completion_tokens
+    assert all(score.logprob <= 0 and len(score.top) == 3 for score in scores)
 
 
 async def check_completion_goes_on_from_the_prompt(engine: Engine) -> None:
@@ -192,6 +271,17 @@ async def check_each_input_has_its_vector(engine: Engine) -> None:
     assert both.usage.prompt_tokens > 0
 
 
+async def check_an_answer_cut_anywhere_goes_on(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or not capabilities.can_continue:
+        return
+    alternatives = 2 if capabilities.logprobs else None
+    task = chat("Repeat: 你好 😀 naïve", max_tokens=8, logprobs=alternatives, stop=["never said"])
+    await goes_on_anywhere(engine, task)
+    if capabilities.n:
+        await goes_on_anywhere(engine, chat(QUESTION, max_tokens=3, n=2))
+
+
 Check = Callable[[Engine], Awaitable[None]]
 
 #: Checks that need nothing of the model but repeatable answers of some length.
@@ -209,4 +299,5 @@ CHECKS: list[Check] = [
     check_log_probabilities_are_probabilities,
     check_completion_goes_on_from_the_prompt,
     check_each_input_has_its_vector,
+    check_an_answer_cut_anywhere_goes_on,
 ]

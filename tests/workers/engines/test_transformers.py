@@ -51,6 +51,7 @@ pytest.importorskip("transformers")
 from modelbus_workers.engines.transformers import TransformersEngine
 
 from tests.helpers.smollm2 import smollm2
+from tests.workers.engines.contract import CHECKS, Check, goes_on_anywhere
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -154,21 +155,16 @@ async def test_greedy_tokens_are_those_of_the_library(engine: TransformersEngine
 
 
 async def test_an_answer_cut_anywhere_goes_on_token_for_token(engine: TransformersEngine) -> None:
-    whole = await read(engine.chat(chat(EMOJI, max_tokens=20, stop=["語x"]), run()))
-    ids, texts = whole.ids[0], [output.text for output in whole.outputs]
-    assert "" in texts[:-1], "some token ends inside a character"
+    task = chat(EMOJI, max_tokens=20, stop=["語x"], temperature=0.0)
 
-    for cut in range(len(ids) + 1):
-        seen = "".join(texts[:cut])
-        rest = await read(
-            engine.chat(
-                chat(EMOJI, max_tokens=20, stop=["語x"]),
-                run(output_token_ids=[ids[:cut]], emitted_chars=[len(seen)], prompt_tokens=whole.prompt_tokens),
-            )
-        )
-        assert ids[:cut] + rest.ids[0] == ids
-        assert seen + rest.texts[0] == whole.texts[0]
-        assert (rest.finish, rest.usage) == (whole.finish, whole.usage)
+    outputs = await goes_on_anywhere(engine, task)
+
+    assert "" in [output.text for output in outputs[:-1]], "some token ends inside a character"
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_the_engine_keeps_the_contract(check: Check, engine: TransformersEngine) -> None:
+    await check(engine)
 
 
 async def test_a_seeded_answer_goes_on_as_it_would_have(engine: TransformersEngine) -> None:
@@ -323,9 +319,6 @@ async def test_a_last_message_of_the_assistant_is_gone_on_with(engine: Transform
         (chat(PARIS, logit_bias={"99999999": 1.0}), InvalidRequest, "logit_bias"),
         (chat(PARIS, top_p=2.0), InvalidRequest, "top_p"),
         (chat(PARIS, min_tokens=9, max_tokens=3), InvalidRequest, "min_tokens"),
-        (Chat(messages=PARIS, response_format={"type": "json_object"}), UnsupportedField, "response_format"),
-        (Chat(messages=PARIS, tools=[{"type": "function", "function": {"name": "f"}}]), UnsupportedField, "tools"),
-        (Chat(messages=PARIS, tool_choice="required"), UnsupportedField, "tool_choice"),
         (Chat(messages=PARIS, reasoning_effort="low"), UnsupportedField, "reasoning_effort"),
         (
             chat([ChatMessage(role="user", content=[ImagePart(image_url=ImageURL(url="https://example.org/a.png"))])]),
@@ -419,7 +412,7 @@ async def test_capabilities_say_what_the_model_can(engine: TransformersEngine) -
     assert can.tasks == ["chat", "completion"]
     assert can.context_length == 8192
     assert can.can_continue and can.logprobs and can.n and can.seed and can.token_prompts
-    assert not (can.tools or can.vision or can.json_schema)
+    assert can.tools and can.json_object and can.json_schema and not can.vision
     assert engine.slots == 3
     await engine.self_test()
 

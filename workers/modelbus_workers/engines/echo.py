@@ -161,7 +161,7 @@ class EchoEngine(Engine):
         chunk = settings.chunk or (1 if settings.interval_ms else 1 << 30)
         due = began + settings.delay_ms / 1000
         done = 0
-        open_choices = choices
+        open_choices = [choice for choice in choices if not choice.ended]
         while open_choices:
             if due > now():
                 await self._pause(due)
@@ -220,7 +220,6 @@ class _Choice:
     def __init__(self, index: int, answer: EchoAnswer, *, prefix: str, alternatives: int | None, run: Run) -> None:
         self.index = index
         self.total = len(answer.pieces)
-        self.ended = False
         self._answer = answer
         self._alternatives = alternatives
         self._visible = prefix + answer.text
@@ -229,6 +228,8 @@ class _Choice:
         #: Characters that the tokens up to the position have, stop string included.
         self._reached = len(prefix) + sum(len(piece) for piece in answer.pieces[: self._position])
         self._emitted = run.emitted_chars[index] if index < len(run.emitted_chars) else 0
+        #: An earlier run has said all of it, the finish reason with the last token.
+        self.ended = 0 < self._position == self.total and self._emitted >= len(self._visible)
 
     def next(self, count: int) -> Output:
         new = self._answer.pieces[self._position : self._position + count]

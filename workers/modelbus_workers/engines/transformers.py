@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
-from modelbus_broker.errors import ConfigurationError
+from modelbus_broker.errors import ConfigurationError, UnsupportedField
 from modelbus_broker.messages import Capabilities, Chat, Completion, Embedding, Sampling, Usage
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Prompt, Run, VectorBatch
@@ -19,8 +19,10 @@ from .params import read_params
 from .torch_model.settings import TransformersSettings
 
 if TYPE_CHECKING:
+    from .torch_model.answer_form import AnswerForm
     from .torch_model.embedding import Embedder
     from .torch_model.generation import Stepper
+    from .torch_model.grammar import Grammar
     from .torch_model.loading import TextModel
     from .torch_model.loop import GenerationLoop
 
@@ -36,7 +38,7 @@ class TransformersEngine(Engine):
     """Chat and completion from a safetensors folder or a GGUF file; embeddings from a sentence-transformers folder."""
 
     name: ClassVar[str] = "transformers"
-    needs: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    needs: ClassVar[tuple[str, ...]] = ("torch", "transformers", "llguidance")
     extra: ClassVar[str] = "transformers"
 
     def __init__(self, config: EngineConfig) -> None:
@@ -94,12 +96,13 @@ class TransformersEngine(Engine):
                 context_length=self._embedder.context_length, dimensions=self._embedder.dimensions,
             )  # fmt: skip
         assert self._text is not None, "start comes first"
-        template = self._text.tokenizer.chat_template or ""
+        grammars = self._text.grammars is not None
         return Capabilities(
-            tasks=["chat", "completion"] if template else ["completion"],
+            tasks=["chat", "completion"] if self._text.template else ["completion"],
             can_continue=True,
-            # Templates may take tools, but what the model then writes is not parsed into calls yet.
-            tools=False,
+            tools=self._text.calls is not None,
+            json_object=grammars,
+            json_schema=grammars,
             logprobs=True,
             n=True,
             seed=True,
@@ -109,7 +112,7 @@ class TransformersEngine(Engine):
             context_length=self._text.context_length,
             extra_fields=[
                 "top_k", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "ignore_eos",
-                "chat_template_kwargs", "echo",
+                "chat_template_kwargs", "echo", "parallel_tool_calls",
             ],
         )  # fmt: skip
 
@@ -139,26 +142,48 @@ class TransformersEngine(Engine):
     async def _chat(self, text: TextModel, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         from .torch_model.prompts import chat_prompt
 
+        # The form first: a schema that is wrong is told before the messages are read.
+        form, grammar = await self._in_thread(self._form, text, task)
         prompt = await self._in_thread(chat_prompt, text, task)
-        async with aclosing(self._generate(text, [prompt], task.sampling, run)) as outputs:
+        async with aclosing(self._generate(text, [prompt], task.sampling, run, form=form, grammar=grammar)) as outputs:
             async for output in outputs:
                 yield output
+
+    def _form(self, text: TextModel, task: Chat) -> tuple[AnswerForm, Grammar | None]:
+        from .torch_model.answer_form import answer_form
+
+        form = answer_form(task, text.calls, text.call_tokens)
+        if not form.rules:
+            return form, None
+        if text.grammars is None:
+            param = form.schemas[-1].param if form.calls is None else "tool_choice"
+            raise UnsupportedField("this model's tokenizer is of a kind that cannot be held to a form", param=param)
+        return form, text.grammars.compile(form)
 
     async def _completion(self, text: TextModel, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
         from .torch_model.prompts import completion_prompts, prompt_texts
 
         prompts = await self._in_thread(completion_prompts, text, task)
         echo = await self._in_thread(prompt_texts, text, task) if task.echo else []
-        async with aclosing(self._generate(text, prompts, task.sampling, run, echo)) as outputs:
+        async with aclosing(self._generate(text, prompts, task.sampling, run, echo=echo)) as outputs:
             async for output in outputs:
                 yield output
 
     async def _generate(
-        self, text: TextModel, prompts: list[list[int]], sampling: Sampling, run: Run, echo: Sequence[str] = ()
+        self,
+        text: TextModel,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        run: Run,
+        *,
+        echo: Sequence[str] = (),
+        form: AnswerForm | None = None,
+        grammar: Grammar | None = None,
     ) -> AsyncGenerator[EngineOutput]:
-        from .torch_model.generation import Work
+        from .torch_model.answer_form import AnswerForm
         from .torch_model.plan import make_plan
         from .torch_model.prompts import check_fits
+        from .torch_model.work import Work
 
         work = Work(
             prompts=prompts,
@@ -168,6 +193,10 @@ class TransformersEngine(Engine):
             echo=list(echo),
             output_token_ids=run.output_token_ids,
             emitted_chars=run.emitted_chars,
+            form=form or AnswerForm(),
+            grammar=grammar,
+            call_tokens={token: word for word, token in text.call_tokens.items()} if form and form.calls else {},
+            request_id=run.id,
         )
         prompt_tokens = run.prompt_tokens or sum(map(len, prompts))
         completion_tokens = sum(map(len, run.output_token_ids))

@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from modelbus_broker.errors import EngineFailed
-from modelbus_broker.messages import FinishReason, TokenLogprob, TopLogprob
+from modelbus_broker.messages import TokenLogprob, TopLogprob
 
 from ..base import Output
+from .choice import Choice
 from .loading import TextModel
-from .plan import Plan
 from .sampling import Sampler
-from .text import Detokenizer, StopBuffer, TokenTexts
+from .text import TokenTexts
+from .work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,28 +27,8 @@ _CPU_PIECE, _GPU_PIECE = 512, 4096
 _SCORED_PIECE = 128
 
 
-class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What the loop is asked to do."""
-
-    prompts: list[list[int]]
-    max_tokens: list[int]  #: per prompt
-    plan: Plan
-    n: int = 1
-    echo: list[str] = []  #: the texts of the prompts, if they shall be part of the answer
-    output_token_ids: list[list[int]] = []  #: per choice, of an earlier run
-    emitted_chars: list[int] = []
-
-    def before(self, choice: int) -> list[int]:
-        """What an earlier run has made of this choice."""
-        return self.output_token_ids[choice] if choice < len(self.output_token_ids) else []
-
-    def emitted(self, choice: int) -> int:
-        """How many characters of this choice the client has."""
-        return self.emitted_chars[choice] if choice < len(self.emitted_chars) else 0
-
-
 class Scores:
-    """Log probabilities as the model gives them, before temperature and penalties."""
+    """Log probabilities as the model and the grammar give them, before temperature and penalties."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._texts = TokenTexts(tokenizer)
@@ -58,6 +38,8 @@ class Scores:
         values, ids = logprobs.topk(min(alternatives, logprobs.shape[0]))
         top = []
         for value, other in zip(values.tolist(), ids.tolist(), strict=True):
+            if value == float("-inf"):
+                break  # the grammar allows no more
             text, raw = self._texts.of(other)
             top.append(TopLogprob(token=text, logprob=value, bytes=list(raw)))
         text, raw = self._texts.of(token)
@@ -67,76 +49,6 @@ class Scores:
         """The first token of a prompt has nothing before it that could make it likely."""
         text, raw = self._texts.of(token)
         return TokenLogprob(token=text, logprob=0.0, bytes=list(raw), token_id=token)
-
-
-class Choice:
-    """The text side of one choice: which tokens it has, what of their text may go out, whether it has ended."""
-
-    def __init__(self, work: Work, number: int, index: int, tokenizer: Any) -> None:
-        self._work, self._plan = work, work.plan
-        self._limit = work.max_tokens[number]
-        self._index = index
-        self._echo = work.echo[number] if work.echo else ""
-        self._skip = work.emitted(index)
-        self._tokens = 0
-        self._text = Detokenizer(tokenizer, work.prompts[number])
-        self._stops = StopBuffer(work.plan.stop)
-        self.finish: FinishReason = ""
-
-    def begin(self, echo_scores: list[TokenLogprob]) -> Output:
-        """What the client lacks of the echo and of the tokens of an earlier run."""
-        before = self._work.before(self._index)
-        text = self._echo + "".join(self._add(token) for token in before)
-        if not self.finish and self._tokens >= self._limit:
-            text += self._end("length")
-        return Output(
-            choice=self._index,
-            text=self._unseen(text),
-            finish_reason=self.finish,
-            # The client of an earlier run has them.
-            logprobs=[] if before else echo_scores,
-        )
-
-    def take(self, token: int, score: TokenLogprob | None) -> Output:
-        """A new token. One that only ends the answer has no text, so it has no log probability either."""
-        text = self._unseen(self._add(token))
-        ends = token in self._plan.stop_ids
-        return Output(
-            choice=self._index,
-            text=text,
-            token_ids=[token],
-            finish_reason=self.finish,
-            logprobs=[score] if score is not None and not ends else [],
-        )
-
-    def _add(self, token: int) -> str:
-        if self.finish:
-            return ""
-        self._tokens += 1
-        if token in self._plan.stop_ids and self._tokens > self._plan.min_tokens:
-            return self._end("stop")
-        text = self._text.add(token)
-        if self._tokens > self._plan.min_tokens:
-            text, found = self._stops.add(text)
-            if found:
-                self.finish = "stop"
-                return text
-        if self._tokens >= self._limit:
-            text += self._end("length")
-        return text
-
-    def _end(self, reason: FinishReason) -> str:
-        self.finish = reason
-        text, found = self._stops.add(self._text.flush())
-        if found:
-            self.finish = "stop"
-            return text
-        return text + self._stops.flush()
-
-    def _unseen(self, text: str) -> str:
-        unseen = text[self._skip :]
-        self._skip = max(0, self._skip - len(text))
-        return unseen
 
 
 class Stepper:
@@ -176,7 +88,7 @@ class Stepper:
         turns: deque[Iterator[list[Output]]] = deque()
         for index in range(number * work.n, (number + 1) * work.n):
             choice = Choice(work, number, index, self._tokenizer)
-            sampler = Sampler(work.plan, index, prompt, logits)
+            sampler = Sampler(work.plan, index, prompt, logits, choice.constraint)
             # The last choice takes the cache itself, the others a copy.
             own = cache if len(turns) == work.n - 1 else copy.deepcopy(cache)
             turns.append(self._go_on(work, index, choice, choice.begin(scores), sampler, own, logits))
@@ -204,7 +116,10 @@ class Stepper:
         while True:
             token = sampler.choose(logits)
             sampler.count(token)
-            score = None if alternatives is None else self._scores.of(logits, token, alternatives)
+            score = None
+            if alternatives is not None:
+                held = logits if choice.constraint is None else choice.constraint.held(logits)
+                score = self._scores.of(held, token, alternatives)
             yield [choice.take(token, score)]
             if choice.finish:
                 return

@@ -7,9 +7,10 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ import msgspec
 from modelbus_broker.errors import ConfigurationError, DeploymentFailed, MissingExtra
 
 from ..base import EngineConfig
+from .call_formats import CallFormat, choose_format
 from .fingerprint import fingerprint
+from .grammar import Grammars
 from .settings import TransformersSettings
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,15 @@ class TextModel:
     vocabulary: int
     eos: frozenset[int]
     compat: str
+    calls: CallFormat | None  #: how it writes tool calls; None: not known
+    #: words of that format that are tokens of their own
+    call_tokens: dict[str, int]
+    grammars: Grammars | None  #: None: its tokenizer is not one that grammars can be made for
+
+    @property
+    def template(self) -> str:
+        """All of the chat template, to look for words in; "" if there is none."""
+        return template_text(self.tokenizer)
 
 
 def find_source(config: EngineConfig) -> Source:
@@ -138,15 +150,40 @@ def load_text_model(source: Source, settings: TransformersSettings, device: str,
         model, tokenizer = _from_pretrained(source, settings, device, gpus)
     text_config = model.config.get_text_config()
     log.info("loaded %s on %s in %.1f s", type(model).__name__, device, time.monotonic() - began)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    ends = _end_tokens(model, tokenizer)
+    calls = choose_format(template_text(tokenizer), settings.tool_parser)
     return TextModel(
         model=model,
         tokenizer=tokenizer,
         device=device,
         context_length=_context_length(text_config, tokenizer, settings.max_model_len),
-        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
-        eos=_end_tokens(model, tokenizer),
+        vocabulary=vocabulary,
+        eos=ends,
         compat=_compat(source, model, tokenizer, settings),
+        calls=calls,
+        call_tokens=_tokens_of(tokenizer, calls.markers) if calls else {},
+        grammars=_grammars(tokenizer, vocabulary, ends),
     )
+
+
+def template_text(tokenizer: Any) -> str:
+    """The chat template of a tokenizer; all of them if it has several; "" if it has none."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else " ".join(template.values())
+
+
+def _tokens_of(tokenizer: Any, words: Sequence[str]) -> dict[str, int]:
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    return {word: added[word] for word in words if word in added}
+
+
+def _grammars(tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> Grammars | None:
+    try:
+        return Grammars(tokenizer, vocabulary, frozenset(end for end in ends if end < vocabulary))
+    except Exception as error:  # a tokenizer with code of its own, or of an unknown kind
+        log.warning("no grammars for this model: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _from_pretrained(source: Source, settings: TransformersSettings, device: str, gpus: int) -> tuple[Any, Any]:
@@ -225,7 +262,9 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 def _compat(source: Source, model: Any, tokenizer: Any, settings: TransformersSettings) -> str:
     import transformers
 
+    # Another version may allow other tokens where a grammar leaves a choice.
+    grammars = ".".join(version("llguidance").split(".")[:2])
     return fingerprint(
         source.files, "transformers", transformers.__version__.split(".")[0], str(model.dtype),
-        str(tokenizer.chat_template or ""), os.fspath(settings.attn_implementation),
+        str(tokenizer.chat_template or ""), os.fspath(settings.attn_implementation), settings.tool_parser, grammars,
     )  # fmt: skip

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Iterator
 from modelbus_broker.errors import EngineFailed, ModelBusError
 
 from ..base import Output
-from .generation import Stepper, Work
+from .generation import Stepper
 from .loading import is_out_of_memory
+from .work import Work
 
 log = logging.getLogger(__name__)
 

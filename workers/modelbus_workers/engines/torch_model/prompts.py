@@ -9,7 +9,9 @@ from typing import Any
 from modelbus_broker.errors import ContextLengthExceeded, InvalidRequest, UnsupportedField
 from modelbus_broker.messages import Chat, ChatMessage, Completion, TextPart
 
+from .call_formats import knows_tools
 from .loading import TextModel
+from .tool_prompts import shown_tools, with_described_tools
 
 
 def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
@@ -19,17 +21,22 @@ def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
         UnsupportedField: the model has no chat template, or the request wants what this engine cannot do.
         InvalidRequest: the template refuses the conversation; its words are in the message.
     """
-    template = loaded.tokenizer.chat_template
+    template = loaded.template
     if not template:
         raise UnsupportedField("this model has no chat template; use /v1/completions instead", param="messages")
-    template = template if isinstance(template, str) else " ".join(template.values())
-    options = _template_options(loaded, task) | _tool_options(task, template) | _effort(task, template)
-    _refuse_response_format(task)
+    options = _template_options(loaded, task) | _effort(task, template)
     if not task.messages:
         raise InvalidRequest("messages is empty", param="messages")
+    for index, message in enumerate(task.messages):
+        _check_parts(message, index)
     last = task.messages[-1]
     goes_on = last.role == "assistant" and not last.tool_calls and bool(last.text())
-    turns = [_for_template(message, index, template) for index, message in enumerate(task.messages)]
+    messages, tools = task.messages, shown_tools(task)
+    if not knows_tools(template):
+        messages = with_described_tools(messages, tools)
+    elif tools:
+        options["tools"] = tools
+    turns = [_for_template(message, template) for message in messages]
     try:
         encoded = loaded.tokenizer.apply_chat_template(
             turns,
@@ -96,13 +103,15 @@ def _completion_prompt(loaded: TextModel, prompt: str | list[int]) -> list[int]:
     return ids
 
 
-def _for_template(message: ChatMessage, index: int, template: str) -> dict[str, Any]:
+def _check_parts(message: ChatMessage, index: int) -> None:
+    for part in message.content if isinstance(message.content, list) else ():
+        if not isinstance(part, TextPart):
+            kind = part.__struct_config__.tag
+            raise UnsupportedField(f"this model reads text only, not {kind}", param=f"messages[{index}].content")
+
+
+def _for_template(message: ChatMessage, template: str) -> dict[str, Any]:
     """The message in the words of Hugging Face's templates."""
-    if isinstance(message.content, list):
-        for part in message.content:
-            if not isinstance(part, TextPart):
-                kind = part.__struct_config__.tag
-                raise UnsupportedField(f"this model reads text only, not {kind}", param=f"messages[{index}].content")
     role = {"function": "tool"}.get(message.role, message.role)
     if role == "developer" and "developer" not in template:
         role = "system"
@@ -143,28 +152,9 @@ def _template_options(loaded: TextModel, task: Chat) -> dict[str, Any]:
     return options
 
 
-def _tool_options(task: Chat, template: str) -> dict[str, Any]:
-    choice = task.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise UnsupportedField(
-            "this engine cannot force a tool call; tool_choice may be auto or none", param="tool_choice"
-        )
-    if not task.tools or choice == "none":
-        return {}
-    if "tools" not in template:
-        raise UnsupportedField("this model's chat template knows no tools", param="tools")
-    return {"tools": task.tools}
-
-
 def _effort(task: Chat, template: str) -> dict[str, Any]:
     if task.reasoning_effort is None:
         return {}
     if "reasoning_effort" not in template:
         raise UnsupportedField("this model has no reasoning effort to set", param="reasoning_effort")
     return {"reasoning_effort": task.reasoning_effort}
-
-
-def _refuse_response_format(task: Chat) -> None:
-    kind = (task.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise UnsupportedField(f"this engine cannot hold a model to {kind}", param="response_format")

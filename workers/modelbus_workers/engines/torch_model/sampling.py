@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from .grammar import Constraint
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ class Sampler:
     another run draws what that run would have drawn.
     """
 
-    def __init__(self, plan: Plan, choice: int, prompt: list[int], like: Tensor) -> None:
-        """``like`` is a row of logits: its length and device are those of all."""
+    def __init__(
+        self, plan: Plan, choice: int, prompt: list[int], like: Tensor, constraint: Constraint | None = None
+    ) -> None:
+        """``like`` is a row of logits: its length and device are those of all. The caller moves ``constraint`` on."""
         self._plan = plan
+        self._constraint = constraint
         self._random = random.Random(None if plan.seed is None else plan.seed + choice)
         self._output_tokens = 0
         counts_output = bool(plan.presence_penalty or plan.frequency_penalty)
@@ -39,6 +43,8 @@ class Sampler:
         """The next token; ``logits`` is a float32 row and stays as it is. Call ``count`` with the token then."""
         plan = self._plan
         scores = self._adjusted(logits)
+        if self._constraint is not None:
+            scores = self._held(scores, logits, self._constraint)
         if plan.temperature == 0.0:
             return int(scores.argmax())
         return self._draw(scores / plan.temperature, self._random.random())
@@ -70,6 +76,13 @@ class Sampler:
         if self._counts is not None:
             scores = scores - plan.frequency_penalty * self._counts - plan.presence_penalty * (self._counts > 0)
         return scores
+
+    def _held(self, scores: Tensor, logits: Tensor, constraint: Constraint) -> Tensor:
+        held = constraint.held(scores)
+        if bool(held.max().isneginf()):
+            # min_tokens forbids the end and the grammar all but the end: the form of an answer is worth more.
+            return constraint.held(logits)
+        return held
 
     def _draw(self, scores: Tensor, point: float) -> int:
         # One sort serves top_k, top_p and min_p; the library's processors sort the vocabulary once each.

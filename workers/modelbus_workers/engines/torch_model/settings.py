@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from .call_formats import ToolParser
+
 DType = Literal["auto", "float32", "fp32", "float", "bfloat16", "bf16", "float16", "fp16", "half"]
 
 _TORCH_NAMES = {
@@ -32,6 +34,8 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 0
     #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
     num_threads: int = 0
+    #: how the model writes tool calls; auto: what its chat template shows
+    tool_parser: ToolParser = "auto"
     #: texts embedded at once
     batch_size: int = 32
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +18,23 @@ _REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Decodes one token after the other. Its state depends on the tokens alone, so a replay gives the same text."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), kept: Mapping[int, str] | None = None) -> None:
+        """``kept``: special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._ids = list(before[-_CONTEXT_TOKENS:])
-        self._shown = len(self._ids)  # how many of _ids are in the text that was given out
-        self._shown_text = self._decode(self._ids)
+        self._kept = kept or {}
+        self._begin(list(before[-_CONTEXT_TOKENS:]))
+
+    def _begin(self, ids: list[int]) -> None:
+        self._ids = ids
+        self._shown = len(ids)  # how many of _ids are in the text that was given out
+        self._shown_text = self._decode(ids)
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is unfinished."""
+        if token_id in self._kept:
+            text = self.flush() + self._kept[token_id]
+            self._begin([])
+            return text
         self._ids.append(token_id)
         text = self._decode(self._ids)
         if text.endswith(_REPLACEMENT) and len(self._ids) - self._shown <= _MOST_HELD_TOKENS:
@@ -65,7 +74,7 @@ class StopBuffer:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -75,7 +84,7 @@ class StopBuffer:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How long the longest end of ``text`` is that is a true beginning of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
