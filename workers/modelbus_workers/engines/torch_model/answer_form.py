@@ -29,6 +29,7 @@ class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
     calls: CallFormat | None = None  #: the answer may have calls, written like this
     tools: frozenset[str] = frozenset()  #: their names
     one_call: bool = False  #: the answer ends after the first
+    forced: bool = False  #: the answer is calls and nothing else
     rules: str = ""  #: of a Lark grammar without the schemas; "": the model may write what it likes
     schemas: tuple[Schema, ...] = ()
 
@@ -71,7 +72,10 @@ def answer_form(task: Chat, format: CallFormat | None, tokens: Mapping[str, int]
     rules = ["start: calls" if forced else "start: calls | answer"]
     rules += _call_rules(format, {schema.rule: names[_index(schema)] for schema in schemas}, tokens, form.one_call)
     return msgspec.structs.replace(
-        form, rules="\n".join(rules), schemas=schemas if forced or answer is None else (*schemas, answer)
+        form,
+        forced=bool(forced),
+        rules="\n".join(rules),
+        schemas=schemas if forced or answer is None else (*schemas, answer),
     )
 
 

@@ -106,7 +106,9 @@ class Choice:
             self.finish = "stop"
         if self.finish:
             last = calls.finish(cut=self.finish == "length")
-            piece = Piece(piece.text + last.text, piece.calls + last.calls)
+            # Half the words that begin a call are no content where nothing but calls can come.
+            text = "" if self._work.form.forced else piece.text + last.text
+            piece = Piece(text, piece.calls + last.calls)
             if calls.calls and self.finish == "stop":
                 self.finish = "tool_calls"
         return piece
