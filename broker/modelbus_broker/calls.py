@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .errors import ModelBusError, RequestCancelled
+from .errors import ModelBusError, RequestCancelled, error_of
 from .failover import Progress, RunEnd
 from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
 from .reception import Reception, Verdict
@@ -60,6 +60,15 @@ class Call:
         self.chars: list[int] = []
         self.delivered = False  #: some output has come
         self.shown = False  #: and the reader has got some of it
+        self.streams = request.stream  #: the reader passes on what it gets: nobody can take it back
+        self.outlives = False  #: it goes on when its reader leaves: another one may come
+        self.unread = False  #: its reader has left
+        self.attached = False  #: it was published by somebody else, or earlier
+        self.view = request.view
+        self.on_failure: Callable[[ModelBusError], None] | None = None  #: told when it has failed for good
+        self.pursuit: asyncio.Task[None] | None = None  #: looks for the request, of another publisher, on the bus
+        #: All output, where the worker that completes the answer is to keep the whole of it.
+        self.kept: list[Delta] | None = [] if request.answer_kept_s else None
         self._frames: list[Answer] = []
         self._bytes = 0
         self._error: ModelBusError | None = None
@@ -110,6 +119,8 @@ class Call:
         """Keeps what another worker would need to go on, where there is one that could."""
         if self.accepted is None or not self.accepted.compat:
             return
+        if self.kept is not None:
+            self.kept.append(delta)
         choice = delta.choice
         while len(self.chars) <= choice:
             self.token_ids.append([])
@@ -119,7 +130,7 @@ class Call:
 
     def progress(self) -> Progress:
         """How far the answer has come. Of a plain call nothing is out before its end."""
-        shown = self.shown and self.request.stream
+        shown = self.shown and self.streams
         return Progress(output=self.delivered, shown=shown, token_ids=self.token_ids, chars=self.chars)
 
     def fence_off(self) -> int:
@@ -134,6 +145,53 @@ class Call:
         self._bytes = 0
         self.delivered = self.shown = self.overflowed = False
         self.token_ids, self.chars = [], []
+        if self.kept is not None:
+            self.kept = []
+        self._wake()
+
+    def take_over(self, request: Request, frames: Iterable[Frame], accepted: Accepted | None, next_seq: int) -> None:
+        """Goes on with a request that another publisher had.
+
+        Args:
+            request: as it was published last.
+            frames: what has been said so far, of all runs that belong to the answer; the reader gets it first.
+            accepted: of the run that counts, None while there is none.
+            next_seq: the next of its frames that is needed.
+        """
+        self.request = self.attempt = request
+        self.model = request.model
+        self.view = self.view or request.view
+        self.kept = [] if request.answer_kept_s else None
+        self.token_ids, self.chars = [], []
+        self.reception = Reception(request.attempt)
+        self.accepted = accepted
+        if accepted is not None:
+            self.reception.run, self.reception.next_seq = accepted.run, next_seq
+        self.last_alive = time.monotonic()
+        self.preload(frames)
+
+    def preload(self, frames: Iterable[Frame]) -> None:
+        """Gives the reader frames that came by another way; ``Done`` or ``Failed`` among them ends the call."""
+        for frame in frames:
+            match frame:
+                case Accepted():
+                    self.accepted = self.accepted or frame
+                    self.view = self.view or frame.view
+                    continue
+                case Failed():
+                    self.fail(error_of(frame))
+                    continue
+                case Delta():
+                    self._remember(frame)
+                    self.delivered = True
+                case Vectors():
+                    self.delivered = True
+                case Started():
+                    self.engine_started |= frame.run == self.reception.run
+                case Done():
+                    self.over = True
+                    self._publisher.ended(self)
+            self._frames.append(frame)
         self._wake()
 
     def fail(self, error: ModelBusError) -> None:
@@ -144,6 +202,13 @@ class Call:
             self._wake()
             self.stored_or_not()
             self._publisher.ended(self)
+            if self.on_failure is not None:
+                self.on_failure(error)
+
+    @property
+    def failure(self) -> ModelBusError | None:
+        """What it ended with, if not with an answer."""
+        return self._error
 
     def stored_or_not(self) -> None:
         """It is known whether the queue has it: wakes whoever waits for that."""
@@ -204,6 +269,7 @@ class Call:
         """Takes the request back: out of the queue if it waits there, off its worker if it runs."""
         if self.over:
             return
+        self._end_pursuit()
         self.fail(RequestCancelled("the request was cancelled"))
         await self._publisher.withdraw(self)
 
@@ -213,5 +279,13 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.over and not self.request.background:
+        if self.over or self.request.background:
+            return
+        if self.outlives:
+            self._publisher.leave(self)
+        else:
             await self.cancel()
+
+    def _end_pursuit(self) -> None:
+        if self.pursuit is not None:
+            self.pursuit.cancel()

@@ -172,6 +172,11 @@ def run_key(request_id: str, run: str) -> str:
     return f"{request_id}/{run}"
 
 
+def answer_blob(request_id: str) -> str:
+    """A new blob for a kept answer that is too large for its bucket. Workers may write these blobs and no others."""
+    return f"answer.{request_id}-{random_token(8)}"
+
+
 def message_id(request_id: str, attempt: int) -> str:
     """The ``Nats-Msg-Id`` of an attempt: publishing it twice stores it once."""
     return f"{request_id}.{attempt}"

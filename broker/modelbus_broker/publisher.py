@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 import zlib
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Literal
 
@@ -32,13 +33,14 @@ from .errors import (
     WorkerLost,
     error_of,
 )
-from .failover import Again, GiveUp, RunEnd, heir_lives, next_attempt
+from .failover import Again, GiveUp, GoOn, RunEnd, heir_lives, next_attempt
 from .messages import (
     TERMINAL,
     Accepted,
     Alive,
     AliveReply,
     Control,
+    Delta,
     Deployment,
     Failed,
     Go,
@@ -52,6 +54,7 @@ from .messages import (
     decode_frames,
     encode,
 )
+from .moving import Moving
 from .reception import Verdict
 from .registry import Registry
 from .standstill import StandstillWatch
@@ -65,6 +68,8 @@ PROBE_S = 0.3
 #: After a reconnect live peers can look dead for some ms; nobody is declared dead so soon after it.
 RECONNECT_GRACE_S = 3.0
 DAY_MS = 24 * 3600 * 1000
+#: What was said before travels inside the next attempt up to this size.
+EARLIER_LIMIT = 128 << 10
 
 
 class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +85,10 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str = ""
     tracestate: str = ""
     revision: str = ""  #: only a worker of this revision may take it
+    id: str = ""  #: of the request, where it was given out before; "": a new one
+    view: str = ""  #: see ``Request.view``
+    answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
+    outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
 
 
 class Publisher:
@@ -102,6 +111,7 @@ class Publisher:
         self.standstill = StandstillWatch(
             bus, registry, lambda: self._per_model, after_s=self.settings.stuck_after_s
         )  #: of the queues that this publisher waits for
+        self.moving = Moving(self)
         self._storing = Storing(bus, self.settings, self._spawn)
         self._calls: dict[str, Call] = {}
         self._per_model: dict[str, int] = {}
@@ -124,6 +134,7 @@ class Publisher:
         self._subscriptions = [
             await self.bus.subscribe(names.response_subject(self.id, "*"), self._on_frames),
             await self.bus.subscribe(names.alive_subject(self.id), self._on_alive),
+            await self.bus.subscribe(names.control_subject(self.id), self.moving.on_control),
         ]
         self.bus.on_reconnect(self._on_reconnect)
         self._background = [
@@ -142,11 +153,16 @@ class Publisher:
             await subscription.unsubscribe()
 
     async def give_up(self, error: ModelBusError) -> None:
-        """Ends all requests here with an error. Those that run in the background go on without us."""
+        """Ends all requests here with an error. Those that run in the background, or that another publisher may
+        take up, go on without us."""
         calls = [call for call in self._calls.values() if not call.request.background]
         for call in calls:
+            if call.outlives:
+                self.moving.away(call.id)
+                call.on_failure = None
             call.fail(error)
-        await asyncio.gather(*(self.withdraw(call) for call in calls), return_exceptions=True)
+        ending = [self.withdraw(call) for call in calls if not call.outlives]
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def in_flight(self) -> int:
         """Requests whose last frame has not come."""
@@ -189,9 +205,8 @@ class Publisher:
         request = self._request(model, task, options, deployments)
         loop = asyncio.get_running_loop()
         call = Call(self, request, loop.time() + request.budget_ms / 1000)
-        self._calls[call.id] = call
-        self._per_model[model] = self._per_model.get(model, 0) + 1
-        self._busy.set()
+        call.outlives = options.outlives
+        self.register(call)
         try:
             await self._store(call, names.request_subject(model, options.lane, request.share))
         except asyncio.CancelledError:
@@ -204,6 +219,53 @@ class Publisher:
         if request.budget_ms < 60_000:
             loop.call_at(call.deadline, self._expire, call)
         return call
+
+    def describe(self, model: str, task: Task, options: CallOptions) -> Request:
+        """The request that ``publish`` would publish.
+
+        Raises:
+            ModelNotFound: no deployment serves this model.
+        """
+        deployments = self.registry.deployments_of(model)
+        if not deployments:
+            raise ModelNotFound(f"the model {model!r} is not deployed", param="model")
+        return self._request(model, task, options, deployments)
+
+    def call_of(self, request_id: str) -> Call | None:
+        """The call of a request that this publisher waits for."""
+        return self._calls.get(request_id)
+
+    def register(self, call: Call) -> None:
+        """From now on what comes for this request goes to this call."""
+        if self._calls.get(call.id) is call:
+            return
+        self._calls[call.id] = call
+        self._per_model[call.model] = self._per_model.get(call.model, 0) + 1
+        self._busy.set()
+
+    def leave(self, call: Call) -> None:
+        """The reader of a call that outlives it has gone."""
+        self._spawn(self.moving.keep(call))
+
+    async def publish_again(self, call: Call) -> None:
+        """Publishes a request of another publisher, as that one did or was about to: the queue keeps one.
+
+        Raises:
+            ModelBusError: it cannot be sent.
+        """
+        request = call.attempt
+        subject = names.request_subject(request.model, request.lane, request.share)
+        if request.lane == "re":
+            subject = names.resume_subject(request.model, request.compat)
+        await self._store(call, subject)
+
+    def give_up_run(self, call: Call, why: str, *, handover: bool = False) -> None:
+        """The run that a call was taken over with is gone: another attempt goes on from its tokens."""
+        if handover and call.accepted is not None:
+            worker = names.parse_run(call.accepted.run)[2]
+            self._follow(call, RunEnd(worker=worker, why=why, compat=call.accepted.compat, handover=True))
+        else:
+            self._lost(call, why)
 
     def _check_room(self, model: str, deployments: list[Deployment], options: CallOptions) -> None:
         limit = max(deployment.queue_limit for deployment in deployments)
@@ -232,7 +294,7 @@ class Publisher:
         if not budget_ms:
             budget_ms = DAY_MS if options.lane == "lo" or options.background else deployment.budget_ms
         return Request(
-            id=names.new_request_id(self.id),
+            id=options.id or names.new_request_id(self.id),
             model=model,
             task=task,
             budget_ms=budget_ms,
@@ -247,6 +309,9 @@ class Publisher:
             traceparent=options.traceparent,
             tracestate=options.tracestate,
             fail_fast=deployment.replicas > 1 or len(deployments) > 1,
+            publisher=self.id if options.id and names.publisher_of(options.id) != self.id else "",
+            view=options.view,
+            answer_kept_s=options.answer_kept_s,
         )
 
     async def _encode(self, request: Request) -> bytes:
@@ -295,8 +360,7 @@ class Publisher:
             call = calls.get(frame.id)
             if call is None:
                 if type(frame) is Accepted:
-                    # Cancelled while it was queued, or of a publisher's earlier life.
-                    self._control(worker, Stop(id=frame.id, run=frame.run))
+                    self._refuse(worker, frame)
                 continue
             verdict = call.offer(frame, size)
             if verdict is Verdict.TAKE:
@@ -310,10 +374,19 @@ class Publisher:
             elif verdict is Verdict.RIVAL:
                 self._control(worker, LetGo(id=frame.id, run=frame.run))
 
+    def _refuse(self, worker: str, accepted: Accepted) -> None:
+        """A worker has begun with a request that nobody waits for here."""
+        if accepted.id not in self.moving:
+            # Cancelled while it was queued, or of a publisher's earlier life.
+            self._control(worker, Stop(id=accepted.id, run=accepted.run))
+        elif (adopt := self.moving.successor(accepted)) is not None:
+            self._control(worker, adopt)
+
     def ended(self, call: Call) -> None:
         """A call has its last frame, or an error."""
-        if self._calls.pop(call.id, None) is None:
-            return
+        if self._calls.get(call.id) is not call:
+            return  # it was never ours, or is another call's by now
+        del self._calls[call.id]
         if call.publication is not None and call.reception.run:
             self._storing.forget(call.publication)
         left = self._per_model.get(call.model, 1) - 1
@@ -331,12 +404,27 @@ class Publisher:
         worker = worker or names.parse_run(call.reception.run)[2]
         self._control(worker, Resend(id=call.id, run=call.reception.run, seq=call.reception.next_seq))
 
+    def tell(self, worker: str, message: Control) -> None:
+        """Sends a control message to a worker."""
+        self._control(worker, message)
+
+    def send(self, subject: str, payload: bytes) -> None:
+        """Sends something without waiting; while the bus is away it is lost."""
+        self._spawn(self._send(subject, payload))
+
     def _control(self, worker: str, message: Control) -> None:
         self._spawn(self._send(names.control_subject(worker), encode(message)))
 
     async def _send(self, subject: str, payload: bytes) -> None:
         with contextlib.suppress(BusUnavailable):
             await self.bus.publish(subject, payload)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs something beside the reader of a call; it ends with the publisher."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -367,7 +455,8 @@ class Publisher:
             call = self._calls.get(state.id)
             key = names.run_key(state.id, state.run)
             if call is None:
-                (confirmed if state.state == "ended" else stop).append(key)
+                if state.id not in self.moving:
+                    (confirmed if state.state == "ended" else stop).append(key)
             elif call.reception.run in ("", state.run):
                 if names.parse_run(state.run)[0] < call.reception.fence:
                     (confirmed if state.state == "ended" else stop).append(key)
@@ -482,8 +571,13 @@ class Publisher:
             return
         if isinstance(decision, Again):
             call.restart()
-        call.attempt = decision.request
+        call.attempt = self._as_ours(decision.request, accepted.run if accepted and isinstance(decision, GoOn) else "")
         self._spawn(self._republish(call, end, accepted))
+
+    def _as_ours(self, request: Request, continues: str) -> Request:
+        """The next attempt, whose frames come here; most requests were ours from the start."""
+        publisher = "" if names.publisher_of(request.id) == self.id else self.id
+        return msgspec.structs.replace(request, publisher=publisher, continues=continues)
 
     def _look_for_heir(self, call: Call, now: float) -> None:
         """Half an answer waits for a worker that can go on: as long as one lives, and ``resume_wait_s`` without."""
@@ -498,6 +592,8 @@ class Publisher:
     async def _republish(self, call: Call, end: RunEnd, accepted: Accepted | None) -> None:
         subject = names.resume_subject(call.model, call.attempt.compat)
         try:
+            if call.kept and call.attempt.output_token_ids:
+                call.attempt = await self._with_earlier(call.attempt, call.kept)
             await self._store(call, subject, end, accepted)
         except ModelBusError as error:
             call.fail(_not_again(end, error))
@@ -510,6 +606,14 @@ class Publisher:
             except ModelBusError as error:
                 self._declared.discard(subject)
                 log.warning("half an answer of %s may lie where nobody pulls: %s", call.model, error)
+
+    async def _with_earlier(self, request: Request, frames: list[Delta]) -> Request:
+        """The worker that completes the answer is to keep all of it: what was said before travels along."""
+        earlier = encode(frames)
+        if len(earlier) <= EARLIER_LIMIT:
+            return msgspec.structs.replace(request, earlier=earlier)
+        blob = await put_blob(self.bus, f"{request.id}.{request.attempt}.earlier", earlier)
+        return msgspec.structs.replace(request, earlier_blob=blob)
 
     async def _terminate(self, accepted: Accepted, why: str) -> None:
         await self._send(accepted.ack_subject, f"+TERM {why}".encode())

@@ -36,6 +36,7 @@ class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
     accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
     stuck_after_s: float = STUCK_S  #: a queue that stands still for so long is told of
     resume_wait_s: float = 10.0  #: how long half an answer waits while no worker lives that could go on
+    orphan_grace_s: float = 30.0  #: how long a request that may find another reader goes on without one
 
 
 class Publication:
@@ -44,12 +45,13 @@ class Publication:
     Attributes:
         answered: called once, when it is stored or refused.
         stream, seq: where the message lies, once ``stored``; seq 0 when only its frames say that it was stored.
+        duplicate: the stream had it already, from an earlier publish.
         replaces: the lost run, whose message goes when this one is stored.
         withdrawn: nobody wants it any more: it goes as soon as it is known where it lies.
     """
 
     __slots__ = (
-        "answered", "error", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
+        "answered", "duplicate", "error", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
         "until", "withdrawn",
     )  # fmt: skip
 
@@ -72,6 +74,7 @@ class Publication:
         self.sent_at = 0.0
         self.reply = ""
         self.stored = self.withdrawn = False
+        self.duplicate = False
         self.stream = ""
         self.seq = 0
         self.error: ModelBusError | None = None
@@ -135,6 +138,7 @@ class Storing:
                 publication.error = QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0)
         else:
             publication.stored, publication.stream, publication.seq = True, ack.stream, ack.seq
+            publication.duplicate = ack.duplicate
             publication.payload = b""
             if publication.withdrawn:
                 self._spawn(self._remove(publication))

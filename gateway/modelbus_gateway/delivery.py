@@ -21,12 +21,13 @@ LARGE_BODY = 256 * 1024
 
 
 class Delivery:
-    """A response whose body goes out piece by piece. Its headers go out with the first piece."""
+    """A response whose body goes out piece by piece. Its headers go out with the first piece, or before: ``begin``."""
 
     def __init__(self, request: web.Request, response: web.StreamResponse, watch: ClientWatch, *, events: bool) -> None:
         self.response = response
         self.comments = events  #: silence is filled with comments
-        self.quiet_since = time.monotonic()
+        self.made_at = self.quiet_since = time.monotonic()
+        self.over = False  #: nothing may be written any more
         self.writing_since = 0.0  #: 0: no write is waiting
         self.waiting_bytes = -1  #: in the socket's buffer, when the watch looked last
         self._request = request
@@ -38,6 +39,7 @@ class Delivery:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over = True
         self._watch.open.discard(self)
 
     @property
@@ -48,6 +50,16 @@ class Delivery:
     @property
     def transport(self) -> asyncio.WriteTransport | None:
         return self._request.transport
+
+    async def begin(self) -> None:
+        """Sends the status and the headers now: no other answer is possible any more.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
+        async with self._lock:
+            if not self.response.prepared and not self.over:
+                await self.response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
         """Returns when the client's socket has room again.
@@ -82,10 +94,13 @@ class Delivery:
 class ClientWatch:
     """Looks after the open deliveries of one gateway."""
 
-    def __init__(self, *, keep_alive_comment_s: float, client_stall_s: float) -> None:
+    def __init__(
+        self, *, keep_alive_comment_s: float, client_stall_s: float, headers_after_s: float = float("inf")
+    ) -> None:
         self.open: set[Delivery] = set()
         self.stalled = 0  #: clients cut so far
         self._comment_s, self._stall_s = keep_alive_comment_s, client_stall_s
+        self._headers_s = headers_after_s
         self._task: asyncio.Task[None] | None = None
 
     def event_stream(self, request: web.Request, headers: Mapping[str, str]) -> Delivery:
@@ -116,18 +131,25 @@ class ClientWatch:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        interval = min(1.0, self._comment_s / 2, self._stall_s / 4)
-        comments: set[asyncio.Task[None]] = set()
+        interval = min(1.0, self._comment_s / 2, self._stall_s / 4, max(0.05, self._headers_s / 2))
+        writing: set[asyncio.Task[None]] = set()
         while True:
             await asyncio.sleep(interval)
             now = time.monotonic()
             for delivery in tuple(self.open):
                 if delivery.writing_since:
                     self._check_progress(delivery, now)
-                elif delivery.comments and now - delivery.quiet_since >= self._comment_s:
+                    continue
+                if not delivery.comments:
+                    continue
+                if now - delivery.quiet_since >= self._comment_s:
                     task = asyncio.create_task(_comment(delivery), name="keep-alive comment")
-                    comments.add(task)
-                    task.add_done_callback(comments.discard)
+                elif not delivery.begun and now - delivery.made_at >= self._headers_s:
+                    task = asyncio.create_task(_begin(delivery), name="headers")
+                else:
+                    continue
+                writing.add(task)
+                task.add_done_callback(writing.discard)
 
     def _check_progress(self, delivery: Delivery, now: float) -> None:
         transport = delivery.transport
@@ -144,6 +166,14 @@ class ClientWatch:
 
 async def _comment(delivery: Delivery) -> None:
     try:
-        await delivery.write(KEEP_ALIVE)
+        if not delivery.over:  # an error may have been answered since
+            await delivery.write(KEEP_ALIVE)
+    except (ConnectionError, RuntimeError):
+        pass  # the client went; its own task hears of it
+
+
+async def _begin(delivery: Delivery) -> None:
+    try:
+        await delivery.begin()
     except (ConnectionError, RuntimeError):
         pass  # the client went; its own task hears of it

@@ -39,6 +39,7 @@ from modelbus_broker.messages import (
 from modelbus_broker.pulling import Pulled
 
 from .admission import decide
+from .answers import AnswerKeeper
 from .engines.base import Engine
 from .execution import Execution, execute, usage_event
 from .ledger import Ledger
@@ -84,7 +85,8 @@ class Intake:
         self.total = self.failed = 0
         self.last_work_ms = 0
         self._runs = Bucket(bus, names.BUCKET_RUNS)
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._answers = AnswerKeeper(bus)
+        self._ended: OrderedDict[str, str] = OrderedDict()  #: message id -> the run that ended it
         #: Ids that someone wanted stopped before they came.
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         #: The request that has this worker to itself, or waits for that, and what tells it that the others have gone.
@@ -158,8 +160,8 @@ class Intake:
 
     def _accept(self, request: Request, pulled: Pulled, deadline: float, *, alone: bool) -> None:
         run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run)
-        execution = Execution(request, pulled, run, ring, deadline)
+        ring = self.outbox.open(request.id, run, request.publisher)
+        execution = ring.execution = Execution(request, pulled, run, ring, deadline)
         self.executions[names.run_key(request.id, run)] = execution
         self.outbox.send(
             ring,
@@ -171,6 +173,9 @@ class Intake:
                 position=sum(map(len, request.output_token_ids)),
                 compat=self.compat,
                 delivery=pulled.delivery,
+                continues=request.continues,
+                starts=[[len(ids), n] for ids, n in zip(request.output_token_ids, request.emitted_chars, strict=False)],
+                view=request.view,
             ),
         )
         if alone:
@@ -241,11 +246,22 @@ class Intake:
         execution.handed_over = outcome == "handed_over"
         owns = execution.counts and not execution.handed_over
         if owns:
-            self._ended[names.message_id(request.id, request.attempt)] = None
+            self._ended[names.message_id(request.id, request.attempt)] = execution.run
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
+        keep = None
+        if owns and outcome == "done" and request.answer_kept_s:
+            ring = execution.ring
+            keep = self._answers.keep(request, ring, list(ring.frames))
         # A run that does not count, or is handed over, leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if owns else "")
+        self.ledger.book(event, pulled.ack_subject if owns else "", keep)
+
+    def ended_run(self, request_id: str) -> str | None:
+        """The run that ended a request here, as far back as this worker remembers."""
+        for message_id, run in reversed(self._ended.items()):
+            if message_id.startswith(request_id):
+                return run
+        return None
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
@@ -322,7 +338,7 @@ class Intake:
 
     def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
         """Ends a request that was not run: the client hears why, it is booked, then the message goes."""
-        self._tell(request.id, request.attempt, pulled, error)
+        self._tell(request.id, request.attempt, pulled, error, request.publisher)
         event = UsageEvent(
             id=request.id,
             run=names.run_name(request.attempt, pulled.delivery, self.id),
@@ -336,9 +352,9 @@ class Intake:
         )
         self.ledger.book(event, pulled.ack_subject)
 
-    def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError) -> None:
+    def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError, publisher: str = "") -> None:
         run = names.run_name(attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request_id, run)
+        ring = self.outbox.open(request_id, run, publisher)
         accepted = Accepted(id=request_id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
         self.outbox.send(ring, accepted)
         self.outbox.send(ring, error.failed(id=request_id, run=run, seq=1))

@@ -1,6 +1,7 @@
 """How a request leaves the queue: its usage event is stored first, then its message is acknowledged.
 
 In this order a worker that dies in between answers twice but is never paid for nothing: events are keyed by run.
+An answer that is to be kept is stored before both.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
@@ -26,7 +28,7 @@ class Ledger:
     def __init__(self, bus: Bus, *, events: bool = True) -> None:
         self._bus = bus
         self._events = events
-        self._ended: list[tuple[UsageEvent, str]] = []
+        self._ended: list[tuple[UsageEvent, str, Coroutine[None, None, None] | None]] = []
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -46,12 +48,18 @@ class Ledger:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        for _, _, first in self._ended:
+            if first is not None:
+                first.close()
 
-    def book(self, event: UsageEvent, ack_subject: str) -> None:
-        """A run has ended; ``ack_subject`` "" books the event without touching the message."""
+    def book(self, event: UsageEvent, ack_subject: str, first: Coroutine[None, None, None] | None = None) -> None:
+        """A run has ended; ``ack_subject`` "" books the event without touching the message.
+
+        ``first`` is awaited before anything is booked: it stores the answer.
+        """
         if ack_subject:
             self.waiting.add(ack_subject)
-        self._ended.append((event, ack_subject))
+        self._ended.append((event, ack_subject, first))
         self._idle.clear()
         self._wake.set()
 
@@ -60,9 +68,11 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             ended, self._ended = self._ended, []
+            if storing := [first for _, _, first in ended if first is not None]:
+                await asyncio.gather(*storing)
             if self._events:
-                await self._store([event for event, _ in ended])
-            for _, ack_subject in ended:
+                await self._store([event for event, _, _ in ended])
+            for _, ack_subject, _ in ended:
                 if ack_subject:
                     with contextlib.suppress(ModelBusError):
                         await self._bus.publish(ack_subject, b"+ACK")

@@ -61,6 +61,10 @@ class Liveness:
         """Nobody could answer while we were cut off; that is no sign of death."""
         self._answered.clear()
 
+    def hear_of(self, publisher: str) -> None:
+        """A publisher has spoken to us of its own accord."""
+        self._answered[publisher] = time.monotonic()
+
     def alive_for(self, publisher: str) -> Alive:
         """What this worker runs, or remembers, for a publisher."""
         runs: list[RunState] = []

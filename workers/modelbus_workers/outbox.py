@@ -12,11 +12,15 @@ import contextlib
 import logging
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, StreamCut
 from modelbus_broker.messages import Frame, encode, encode_list
+
+if TYPE_CHECKING:
+    from .execution import Execution
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,8 @@ RING_BYTES = 8 << 20
 RING_KEPT_S = 60.0  #: after the last frame, when no publisher confirms it
 MESSAGE_BYTES = 1 << 20
 RESEND_BYTES = 256 << 10
+#: What a publisher that takes a run over gets at once; it asks for more as its reader reads.
+ADOPTED_BYTES = 768 << 10
 
 
 class Ring:
@@ -33,7 +39,7 @@ class Ring:
     nothing to look through.
     """
 
-    __slots__ = ("bytes", "ended_at", "first", "frames", "publisher", "request_id", "run", "sent_seq")
+    __slots__ = ("bytes", "ended_at", "execution", "first", "frames", "publisher", "request_id", "run", "sent_seq")
 
     def __init__(self, request_id: str, run: str, publisher: str) -> None:
         self.request_id = request_id
@@ -44,6 +50,8 @@ class Ring:
         self.bytes = 0
         self.sent_seq = -1
         self.ended_at = 0.0
+        #: What the frames are of; None for a request that was refused.
+        self.execution: Execution | None = None
 
     def add(self, frame: Frame) -> bytes:
         """Keeps a frame; returns it encoded."""
@@ -93,9 +101,9 @@ class Outbox:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def open(self, request_id: str, run: str) -> Ring:
-        """Starts the ring of a run; its frames go to the publisher that the request id names."""
-        ring = Ring(request_id, run, names.publisher_of(request_id))
+    def open(self, request_id: str, run: str, publisher: str = "") -> Ring:
+        """Starts the ring of a run; its frames go to this publisher, or else to the one that the request id names."""
+        ring = Ring(request_id, run, publisher or names.publisher_of(request_id))
         self.rings[names.run_key(request_id, run)] = ring
         return ring
 
@@ -129,6 +137,14 @@ class Outbox:
             if frames:
                 self._ready.setdefault(ring.publisher, []).extend(frames)
                 self._wake.set()
+
+    def adopt(self, ring: Ring, publisher: str, seq: int) -> None:
+        """From now on the frames go to another publisher, those from ``seq`` on once more."""
+        ring.publisher = publisher
+        # What is ready for the old one was added before: it is among these.
+        if frames := ring.since(max(seq, ring.first), ADOPTED_BYTES):
+            self._ready.setdefault(publisher, []).extend(frames)
+            self._wake.set()
 
     def sweep(self) -> None:
         """Forgets runs that nobody has confirmed for too long."""

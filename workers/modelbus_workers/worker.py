@@ -26,7 +26,9 @@ from modelbus_broker.connection import Bus, Msg
 from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import (
     Adopt,
+    Alive,
     Capabilities,
+    FoundRun,
     Go,
     LetGo,
     Probe,
@@ -42,6 +44,7 @@ from modelbus_broker.topology import consumers_of, declare_memory
 from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
 from .execution import Execution
+from .finding import Finding
 from .intake import Intake
 from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
 from .ledger import Ledger
@@ -74,6 +77,7 @@ class Worker:
         self.ledger = Ledger(bus, events=job.usage_events)
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
+        self.finding = Finding(self.id, self.intake)
         self.executions = self.intake.executions
         self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s, exit_after)
         self._puller: Puller | None = None
@@ -139,6 +143,7 @@ class Worker:
         self.outbox.start()
         self.ledger.start()
         await self.bus.subscribe(names.control_subject(self.id), self._on_control)
+        await self.bus.subscribe(names.FIND, self._on_find)
         self.bus.on_reconnect(self._on_reconnect)
         compats = [intake.compat] if intake.compat else []
         self._puller = Puller(
@@ -263,13 +268,18 @@ class Worker:
                     execution.let_go()
             case Resend(id=request_id, run=run, seq=seq):
                 self.outbox.resend(request_id, run, seq)
-            case Adopt(id=request_id, publisher=publisher):
-                for ring in self.outbox.rings.values():
-                    if ring.request_id == request_id:
-                        ring.publisher = publisher
+            case Adopt():
+                self.liveness.hear_of(message.publisher)
+                self._reply(msg, self.finding.adopt(message))
             case Probe(publisher=publisher):
-                if msg.reply:
-                    self._spawn(self._send(msg.reply, encode(self.liveness.alive_for(publisher))))
+                self._reply(msg, self.liveness.alive_for(publisher))
+
+    def _on_find(self, msg: Msg) -> None:
+        self._reply(msg, self.finding.found(msg))
+
+    def _reply(self, msg: Msg, answer: Alive | FoundRun | None) -> None:
+        if msg.reply and answer is not None:
+            self._spawn(self._send(msg.reply, encode(answer)))
 
     def _executions_of(self, request_id: str, run: str) -> list[Execution]:
         if run:
