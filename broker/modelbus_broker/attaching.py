@@ -183,6 +183,7 @@ class _Pursuit:
 
     async def begin(self) -> None:
         """Looks once; what is not there yet is waited for in a task of its own."""
+        self._publisher.moving.expect(self._id)
         if not await self._look():
             self.call.pursuit = self._publisher.spawn(self._go_on_looking())
 
@@ -278,6 +279,8 @@ class _Pursuit:
 
     async def _ask_publishers(self) -> Held | None:
         """What the publisher that has the request says; None when none has it."""
+        if self._has_other_reader():
+            return await self._ask(self._publisher.id)
         asked: set[str] = set()
         who, held = self._origin, None
         while who and who not in asked:
@@ -286,6 +289,10 @@ class _Pursuit:
                 return held
             who = held.moved_to
         return held
+
+    def _has_other_reader(self) -> bool:
+        """Whether this very publisher has the request, for somebody else."""
+        return self._publisher.call_of(self._id) not in (None, self.call)
 
     async def _ask(self, who: str) -> Held | None:
         adopt = Adopt(id=self._id, publisher=self._publisher.id, if_unread=self._if_unread)
@@ -413,7 +420,6 @@ class _Pursuit:
         """Takes a run over. False when its worker has lost it meanwhile, or has given it to somebody else."""
         run, request = found.state.run, found.request
         earlier, own = await self._earlier(found), await self._beginning(found)
-        self._publisher.moving.away(self._id)  # until the call is ready neither wanted nor unwanted
         adopt = Adopt(id=self._id, run=run, publisher=self._publisher.id, of=found.publisher, seq=_NO_FRAMES)
         try:
             msg = await self._bus.request(names.control_subject(found.worker), encode(adopt), timeout_s=ASK_S)
@@ -423,6 +429,8 @@ class _Pursuit:
         if now.publisher != self._publisher.id or now.state.run != run:
             return False
         call = self.call
+        if self._has_other_reader():
+            return False  # it was faster
         if call.over:
             self._publisher.moving.back(self._id)  # nobody wants it: the worker hears so
             return True
@@ -513,6 +521,8 @@ class _Pursuit:
     async def _publish(self) -> bool:
         """Nobody has it and no queue has it: its publisher died before it had sent it."""
         assert self._request is not None
+        if self._has_other_reader():
+            return False  # it was faster
         if self._published_again:
             raise StreamNotResumable("the request was taken by a worker once, and what became of it is not known")
         self._published_again = True

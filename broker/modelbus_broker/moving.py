@@ -43,6 +43,11 @@ class Moving:
         if len(self._gone) > KEPT:
             self._gone.popitem(last=False)
 
+    def expect(self, request_id: str) -> None:
+        """A request is on its way here: until its call is ready we neither want it nor want it stopped."""
+        if request_id not in self._gone:
+            self.away(request_id)
+
     def back(self, request_id: str) -> None:
         """A request is ours."""
         self._gone.pop(request_id, None)
@@ -78,8 +83,8 @@ class Moving:
             request=call.attempt,
         )
         if held.given:
-            if adopt.publisher != self._publisher.id:
-                self.away(adopt.id, adopt.publisher)
+            ours = adopt.publisher == self._publisher.id
+            self.away(adopt.id, "" if ours else adopt.publisher)
             call.fail(StreamMoved())
         return held
 
