@@ -37,7 +37,7 @@ from modelbus_broker.messages import (
     encode,
 )
 from modelbus_broker.pulling import Puller
-from modelbus_broker.topology import consumers_of, declare_memory
+from modelbus_broker.topology import consumers_of, restore_memory
 
 from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
@@ -135,7 +135,7 @@ class Worker:
         intake = self.intake
         intake.slots = self.deployment.slots or self.engine.slots
         intake.compat = self.engine.compat()
-        await self._read_server_clock()
+        await self._first_server_clock()
         self.outbox.start()
         self.ledger.start()
         await self.bus.subscribe(names.control_subject(self.id), self._on_control)
@@ -224,10 +224,22 @@ class Worker:
     async def _on_reconnect(self) -> None:
         # First of all: nobody else shall get what runs here.
         await self._send_in_progress()
-        with contextlib.suppress(ModelBusError):
-            await declare_memory(self.bus)
-        await self._beat()
         self.liveness.reconnected()
+        await self._beat()
+        await restore_memory(self.bus)
+        await self._beat()
+
+    async def _first_server_clock(self) -> None:
+        """Returns when the server's clock is known: deadlines count by it. While a leader is chosen nobody answers."""
+        while not self.draining.begun.is_set():
+            try:
+                await self._read_server_clock()
+                return
+            except ModelBusError as error:
+                log.warning("the bus does not say what time it is: %s", error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self.draining.begun.wait()
 
     async def _read_server_clock(self) -> None:
         sent = time.time_ns() / 1e6
