@@ -47,6 +47,7 @@ from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
 from .ledger import Ledger
 from .liveness import Liveness
 from .outbox import Outbox
+from .pulse import STOOD_STILL_S, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Worker:
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
         self.executions = self.intake.executions
+        self.pulse = Pulse(self._stood_still)
+        self.intake.pulse, self.intake.reach = self.pulse.beat, self.liveness.tell
         self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s, exit_after)
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
@@ -214,6 +217,7 @@ class Worker:
         told = (-1, -1)
         while True:
             await asyncio.sleep(0.5)
+            self.pulse.beat()
             due = time.monotonic() - self._last_beat >= HEARTBEAT_S
             # Who asks right after an answer shall find it counted, also when it came and went between two looks.
             shown = (len(self.executions), self.intake.total)
@@ -225,9 +229,17 @@ class Worker:
         # First of all: nobody else shall get what runs here.
         await self._send_in_progress()
         self.liveness.reconnected()
+        # A bus that was killed may not know what it delivered, and delivers it again as if for the first time.
+        self.intake.doubt(held=self.bus.away_s > STOOD_STILL_S)
         await self._beat()
         await restore_memory(self.bus)
         await self._beat()
+
+    def _stood_still(self, seconds: float) -> None:
+        log.warning("stood still for %.1f s: asking the publishers about all that is here", seconds)
+        self.liveness.reconnected()
+        self.intake.doubt(held=True)
+        self._spawn(self._send_in_progress())
 
     async def _first_server_clock(self) -> None:
         """Returns when the server's clock is known: deadlines count by it. While a leader is chosen nobody answers."""
