@@ -14,16 +14,16 @@ import pytest
 from modelbus_broker import names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import ModelBusError
+from modelbus_broker.errors import ModelBusError, RequestCancelled
 from modelbus_broker.messages import WorkerRecord, decode_usage_events
 from modelbus_broker.publisher import Publisher
 from modelbus_broker.reading import read_stream
 from modelbus_broker.registry import Registry
 from modelbus_broker.settings import BusSettings
-from modelbus_broker.storing import PublisherSettings
+from modelbus_broker.storing import AGAIN_S, PublisherSettings
 from modelbus_broker.topology import ACK_WAIT_S, BUCKETS, STREAMS
 
-from tests.helpers.asking import chat, read, settled
+from tests.helpers.asking import begun, chat, read, settled
 from tests.helpers.audit import audit
 from tests.helpers.bus_nodes import BusNodes
 from tests.helpers.cluster import Cluster
@@ -191,7 +191,8 @@ async def test_memory_is_made_again_also_when_the_server_answers_late(cluster: C
 
 
 async def test_a_request_that_ended_while_its_publisher_was_cut_off_is_not_run_again(cluster: Cluster) -> None:
-    await cluster.deploy_echo(workers=2, slots="1", delay_ms="100")
+    await cluster.deploy_echo(workers=2, slots="1", interval_ms="100")
+    other = await cluster.publisher()
     async with Link(cluster.server.port) as link, AsyncExitStack() as stack:
         bus = await stack.enter_async_context(await Bus.connect(BusSettings(url=link.url), name="cut-off"))
         registry = Registry(bus)
@@ -207,14 +208,26 @@ async def test_a_request_that_ended_while_its_publisher_was_cut_off_is_not_run_a
             while not await _events_of(cluster.bus, call.id):
                 await asyncio.sleep(0.05)
         await settled(cluster.bus, "echo")
+        (run,) = await _events_of(cluster.bus, call.id)
+        # The worker that knows the request has no slot free, the other one has.
+        busy = [await begun(other, "echo", "word " * 200) for _ in range(2)]
+        for long, reading in busy:
+            if names.parse_run(long.reception.run)[2] != names.parse_run(run)[2]:
+                await long.cancel()
+                with pytest.raises(RequestCancelled):
+                    await reading
         await link.cut()
         # Now the bus knows neither the message nor its id.
         await cluster.server.restart()
+        await asyncio.sleep(AGAIN_S)  # it is time to publish again
         await link.mend()
         async with asyncio.timeout(60):
             assert await answer == "once and only once"
+        for long, reading in busy:
+            await long.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
         await settled(cluster.bus, "echo")
-        assert len(await _events_of(cluster.bus, call.id)) == 1
+        assert await _events_of(cluster.bus, call.id) == [run]
 
 
 async def _events_of(bus: Bus, id: str) -> list[str]:
