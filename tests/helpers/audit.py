@@ -19,6 +19,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
     """What the bus holds at the end."""
 
     outcomes: Counter[str]  #: of all runs, by their usage events
+    unbilled: int  #: answers whose worker was killed between the last frame and the bill
     failures: list[str]  #: what must not be
 
 
@@ -41,11 +42,13 @@ async def audit(bus: Bus, model: str, answered: Collection[str], *, timeout_s: f
                 done.setdefault(event.id, []).append(event.run)
             elif event.outcome == "failed":
                 failures.append(f"run {event.run} of {event.id} failed: {event.code}")
+    unbilled = 0
     for id in answered:
         runs = done.get(id, [])
-        if len(runs) != 1:
+        unbilled += not runs
+        if len(runs) > 1:
             failures.append(f"{id} was answered and has {len(runs)} runs that are billed: {runs}")
-    return Audit(outcomes=outcomes, failures=failures)
+    return Audit(outcomes=outcomes, unbilled=unbilled, failures=failures)
 
 
 async def _left_in_queues(bus: Bus, model: str, timeout_s: float) -> list[str]:

@@ -92,11 +92,11 @@ class Execution:
         self.expired = True
         self.stop("its time is up")
 
-    def hand_over(self) -> None:
-        """The worker is being stopped: another one goes on from here."""
+    def hand_over(self, why: str = "its worker was stopped") -> None:
+        """Another worker goes on from here, if somebody still waits for it."""
         if self.state != "ended" and not self.cancelled:
             self.handed_over = True
-            self.stop("its worker was stopped")
+            self.stop(why)
 
     def let_go(self) -> None:
         """Another run counts."""

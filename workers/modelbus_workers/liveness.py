@@ -118,7 +118,9 @@ class Liveness:
         for execution in list(self._worker.executions.values()):
             silent = now - self._answered.get(execution.ring.publisher, now)
             if silent > _grace(execution):
-                execution.stop("its publisher is gone")
+                # Not cancelled: a publisher that was only cut off has another worker go on. Of one that is really
+                # gone the message is delivered once more, and ends there.
+                execution.hand_over("its publisher did not answer")
             elif silent > PUBLISHER_DEAD_S and _grace(execution) == float("inf"):
                 execution.end_doubt()  # nobody is left who could know better
 

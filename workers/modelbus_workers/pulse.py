@@ -8,14 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from modelbus_broker.topology import ACK_WAIT_S
-
-#: After so long a message may have been delivered to another worker before ours is in progress again.
-STOOD_STILL_S = ACK_WAIT_S / 2
+#: Publishers give up a worker that is silent for a little longer than this.
+STOOD_STILL_S = 1.0
 
 
 class Pulse:
-    """Beats at least every second while the process runs; ``stood_still`` is called when it did not, with the seconds."""
+    """Beats every half second while the process runs; ``stood_still`` is called when it did not, with the seconds."""
 
     def __init__(self, stood_still: Callable[[float], object]) -> None:
         self._stood_still = stood_still

@@ -36,6 +36,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     trouble: Counter[str]
     again: Counter[str]
     outcomes: Counter[str]
+    unbilled: int
     failures: list[str]
 
     def table(self) -> str:
@@ -48,6 +49,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             *((f"trouble: {what}", count) for what, count in sorted(self.trouble.items())),
             *((f"asked again: {why}", count) for why, count in sorted(self.again.items())),
             *((f"runs: {outcome}", count) for outcome, count in sorted(self.outcomes.items())),
+            ("answered, and the worker killed before it was billed", self.unbilled),
             ("failures", len(self.failures)),
         ]
         width = max(len(name) for name, _ in rows)
@@ -74,9 +76,12 @@ async def chaos(
         failures = list(asking.failures)
         failures += [f"the id {id} stands for {count} answers" for id, count in Counter(answered).items() if count > 1]
         books = await audit(stage.bus, MODEL, answered)
+        # The answer goes out before its bill is stored: a few that are killed in between, and not more.
+        if books.unbilled > trouble.done["worker SIGKILL"]:
+            failures.append(f"{books.unbilled} answers were never billed")
     return Report(
         seed=seed, answered=len(answered), streams=asking.streams, seconds=time.monotonic() - began,
-        trouble=trouble.done, again=asking.again, outcomes=books.outcomes, failures=failures + books.failures,
+        trouble=trouble.done, again=asking.again, outcomes=books.outcomes, unbilled=books.unbilled, failures=failures + books.failures,
     )  # fmt: skip
 
 
