@@ -23,7 +23,7 @@ from functools import partial
 import msgspec
 
 from . import names
-from .connection import Bus, Msg, Subscription, status_of
+from .connection import Bus, Msg, Subscription
 from .errors import ModelBusError
 from .topology import ConsumerRef
 
@@ -45,7 +45,11 @@ class Pulled(msgspec.Struct, frozen=True):
     delivery: int  #: 1 at the first delivery
     seq: int  #: in the stream
     stored_ms: float  #: Unix time when the stream stored it, by the server's clock
-    headers: dict[str, str] | None = None
+    msg: Msg
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return self.msg.headers
 
 
 def parse_ack_subject(ack_subject: str) -> tuple[str, str, int, int, int]:
@@ -223,17 +227,17 @@ class Puller:
 
     def _on_linger(self, linger: _Linger, msg: Msg) -> None:
         linger.heard = time.monotonic()
-        status = status_of(msg)
+        status = msg.status
         if not status:
             linger.credits -= 1
             self._deliver(linger.consumer, msg)
             self._wake.set()
         elif status == "408":
-            linger.credits -= int((msg.headers or {}).get("Nats-Pending-Messages", linger.credits))
+            linger.credits -= int(msg.headers.get("Nats-Pending-Messages", linger.credits))
             self._wake.set()
         elif status != "100":
             # 409: leader change, consumer deleted, server shutdown; 503: no such consumer; 400: bad group.
-            description = (msg.headers or {}).get("Description", "")
+            description = msg.headers.get("Description", "")
             linger.broken = f"{status} {description}"
             self._retry_at[linger.consumer.name] = time.monotonic() + (2.0 if status == "503" else 0.2)
             if status != "503":
@@ -275,7 +279,7 @@ class Puller:
 
         def on_message(msg: Msg) -> None:
             nonlocal came
-            status = status_of(msg)
+            status = msg.status
             if not status:
                 came += 1
                 self._deliver(consumer, msg)
@@ -323,6 +327,6 @@ class Puller:
                 delivery,
                 seq,
                 stored_ns / 1e6,
-                msg.headers,
+                msg,
             )
         )

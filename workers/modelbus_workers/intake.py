@@ -354,7 +354,7 @@ class Intake:
 
     async def _bury_unreadable(self, pulled: Pulled, why: str) -> None:
         """The same for a message that is no request; its id is read off its headers, where they have one."""
-        request_id, _, attempt = (pulled.headers or {}).get("Nats-Msg-Id", "").rpartition(".")
+        request_id, _, attempt = pulled.headers.get("Nats-Msg-Id", "").rpartition(".")
         letter = DeadLetter(
             id=request_id,
             model=self.deployment.model,

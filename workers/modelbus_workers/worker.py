@@ -136,7 +136,6 @@ class Worker:
         intake.slots = self.deployment.slots or self.engine.slots
         intake.compat = self.engine.compat()
         await self._read_server_clock()
-        self.outbox.start()
         self.ledger.start()
         await self.bus.subscribe(names.control_subject(self.id), self._on_control)
         self.bus.on_reconnect(self._on_reconnect)
@@ -166,7 +165,7 @@ class Worker:
         await self._puller.stop()
         await self.draining.run()
         await self.ledger.close()
-        await self.outbox.close()
+        self.outbox.flush()
         with contextlib.suppress(ModelBusError):
             await self.bus.flush()
 
