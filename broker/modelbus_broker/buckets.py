@@ -154,6 +154,7 @@ class BucketReader(Generic[T]):
     ) -> None:
         self.bucket = Bucket(bus, name)
         self.ready = False
+        self.version = 0  #: grows with each change of a value
         self._bus = bus
         self._decode = decode
         self._ttl_s = ttl_s
@@ -233,12 +234,16 @@ class BucketReader(Generic[T]):
         self._seen[key] = time.monotonic()
         if self._values.get(key) != record:
             self._values[key] = record
-            self._changed.set()
+            self._has_changed()
 
     def _drop(self, key: str) -> None:
         self._seen.pop(key, None)
         if self._values.pop(key, None) is not None:
-            self._changed.set()
+            self._has_changed()
+
+    def _has_changed(self) -> None:
+        self.version += 1
+        self._changed.set()
 
     async def _on_reconnect(self) -> None:
         await self._refresh()

@@ -72,7 +72,7 @@ class Call:
         """Takes a frame that came from the bus, if it counts."""
         if self.over:
             return Verdict.DROP
-        if self._bytes + size > WAITING_LIMIT and self._frames:
+        if self._frames and self._bytes + size > WAITING_LIMIT:
             self.overflowed = True
         if self.overflowed and frame.run == self.reception.run:
             return Verdict.DROP
@@ -82,29 +82,34 @@ class Call:
         return verdict
 
     def _take(self, frame: Frame, size: int) -> None:
-        match frame:
-            case Accepted():
-                self.accepted = frame
-                self.last_alive = time.monotonic()
-                self.missing = 0
-                self.stored_or_not()  # a run is as good as the stream's own answer
-                return
-            case Failed():
-                self._publisher.run_failed(self, frame)
-                return
-            case Started():
-                self.engine_started = True
-            case Delta():
-                self._remember(frame)
-                self.delivered = True
-            case Vectors():
-                self.delivered = True
-            case Done():
-                self.over = True
-                self._publisher.ended(self)
+        # Cheaper than a match, and all frames of all requests pass here.
+        if type(frame) is Delta:
+            self._remember(frame)
+            self.delivered = True
+        elif type(frame) is Accepted:
+            self.accepted = frame
+            self.last_alive = time.monotonic()
+            self.missing = 0
+            self.stored_or_not()  # a run is as good as the stream's own answer
+            return
+        elif type(frame) is Started:
+            self.engine_started = True
+            self._frames.append(frame)  # the reader sees it with what comes next
+            return
+        elif type(frame) is Done:
+            self.over = True
+            self._publisher.ended(self)
+        elif type(frame) is Failed:
+            self._publisher.run_failed(self, frame)
+            return
+        else:
+            assert type(frame) is Vectors
+            self.delivered = True
         self._frames.append(frame)
         self._bytes += size
-        self._wake()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _remember(self, delta: Delta) -> None:
         """Keeps what another worker would need to go on, where there is one that could."""
@@ -173,32 +178,35 @@ class Call:
     def _had_run(self) -> bool:
         return bool(self.reception.run) or self.end is not None
 
-    async def batches(self) -> AsyncIterator[list[Answer]]:
-        """Yields lists of all frames that are ready, and ends after ``Done``.
+    async def batch(self) -> list[Answer]:
+        """All frames that are ready, at least one; after ``Done`` there are no more.
 
         Raises:
             ModelBusError: the request failed, was cancelled or ran out of time.
         """
+        while not self._frames:
+            if self.over:
+                assert self._error is not None
+                raise self._error
+            self._waiter = self._publisher.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        frames, self._frames, self._bytes = self._frames, [], 0
+        self.shown = self.delivered
+        if self.overflowed:
+            self.overflowed = False
+            self._publisher.ask_resend(self)
+        return frames
+
+    async def batches(self) -> AsyncIterator[list[Answer]]:
+        """Yields what :meth:`batch` returns until ``Done`` has come. Raises what it raises."""
         while True:
-            while not self._frames and not self.over:
-                self._waiter = asyncio.get_running_loop().create_future()
-                try:
-                    await self._waiter
-                finally:
-                    self._waiter = None
-            if not self._frames:
-                break
-            frames, self._frames, self._bytes = self._frames, [], 0
-            self.shown = self.delivered
-            if self.overflowed:
-                self.overflowed = False
-                self._publisher.ask_resend(self)
-            if type(frames[-1]) is Done:
-                yield frames
-                return
+            frames = await self.batch()
             yield frames
-        assert self._error is not None
-        raise self._error
+            if type(frames[-1]) is Done:
+                return
 
     async def cancel(self) -> None:
         """Takes the request back: out of the queue if it waits there, off its worker if it runs."""

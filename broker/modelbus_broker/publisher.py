@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -112,6 +113,7 @@ class Publisher:
         self._background: list[asyncio.Task[None]] = []
         self._subscriptions: list[Any] = []
         self._busy = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
 
     # Life
 
@@ -187,8 +189,7 @@ class Publisher:
             raise ModelNotFound(f"the model {model!r} is not deployed (deployed: {known})", param="model")
         self._check_room(model, deployments, options)
         request = self._request(model, task, options, deployments)
-        loop = asyncio.get_running_loop()
-        call = Call(self, request, loop.time() + request.budget_ms / 1000)
+        call = Call(self, request, self.loop.time() + request.budget_ms / 1000)
         self._calls[call.id] = call
         self._per_model[model] = self._per_model.get(model, 0) + 1
         self._busy.set()
@@ -202,11 +203,11 @@ class Publisher:
             call.fail(error)
             raise
         if request.budget_ms < 60_000:
-            loop.call_at(call.deadline, self._expire, call)
+            self.loop.call_at(call.deadline, self._expire, call)
         return call
 
-    def _check_room(self, model: str, deployments: list[Deployment], options: CallOptions) -> None:
-        limit = max(deployment.queue_limit for deployment in deployments)
+    def _check_room(self, model: str, deployments: Sequence[Deployment], options: CallOptions) -> None:
+        limit = max([deployment.queue_limit for deployment in deployments])
         waiting = max(self.depths.get(names.model_token(model), 0), self._per_model.get(model, 0))
         if waiting >= limit:
             raise QueueFull(
@@ -226,7 +227,7 @@ class Publisher:
             retry_after_s=5.0,
         )
 
-    def _request(self, model: str, task: Task, options: CallOptions, deployments: list[Deployment]) -> Request:
+    def _request(self, model: str, task: Task, options: CallOptions, deployments: Sequence[Deployment]) -> Request:
         deployment = deployments[0]
         budget_ms = options.budget_ms
         if not budget_ms:
@@ -249,11 +250,8 @@ class Publisher:
             fail_fast=deployment.replicas > 1 or len(deployments) > 1,
         )
 
-    async def _encode(self, request: Request) -> bytes:
-        """The message's bytes; a body that is too large goes to the blob store first."""
-        payload = encode(request)
-        if len(payload) <= INLINE_LIMIT:
-            return payload
+    async def _with_blob(self, request: Request) -> bytes:
+        """The bytes of a request that is too large for a message: its body goes to the blob store."""
         blob = await put_blob(self.bus, f"{request.id}.{request.attempt}", encode(request.task))
         return encode(msgspec.structs.replace(request, task=None, blob=blob))
 
@@ -261,9 +259,11 @@ class Publisher:
         self, call: Call, subject: str, end: RunEnd | None = None, replaces: Accepted | None = None
     ) -> None:
         """Sends the call's attempt to its queue; ``end`` is that of the run which it follows."""
-        payload = await self._encode(call.attempt)
+        payload = encode(call.attempt)
+        if len(payload) > INLINE_LIMIT:
+            payload = await self._with_blob(call.attempt)
         answered = partial(self._on_stored, call, end)
-        call.publication = await self._storing.store(call.attempt, subject, payload, answered, replaces)
+        call.publication = self._storing.store(call.attempt, subject, payload, answered, replaces)
 
     def _on_stored(self, call: Call, end: RunEnd | None, publication: Publication) -> None:
         """The stream has answered, or it will not."""
@@ -290,7 +290,7 @@ class Publisher:
             log.warning("frames of worker %s cannot be decoded: %s", worker, error)
             return
         size = len(msg.data) // (len(frames) or 1)
-        calls = self._calls
+        calls, taken = self._calls, Verdict.TAKE
         for frame in frames:
             call = calls.get(frame.id)
             if call is None:
@@ -299,7 +299,7 @@ class Publisher:
                     self._control(worker, Stop(id=frame.id, run=frame.run))
                 continue
             verdict = call.offer(frame, size)
-            if verdict is Verdict.TAKE:
+            if verdict is taken:
                 if type(frame) is Accepted and frame.delivery > 1:
                     self._control(worker, Go(id=frame.id, run=frame.run))
             elif verdict is Verdict.GAP:
@@ -395,7 +395,7 @@ class Publisher:
         """Looks for workers that are silent and for requests whose time is up."""
         while True:
             await asyncio.sleep(ALIVE_S)
-            loop_time = asyncio.get_running_loop().time()
+            loop_time = self.loop.time()
             silent: dict[str, list[Call]] = {}
             now = time.monotonic()
             for call in list(self._calls.values()):
@@ -472,7 +472,7 @@ class Publisher:
         accepted, call.end = call.accepted, end
         attempt = call.fence_off()
         log.warning("request %s: attempt %d came to nothing: %s", call.id, attempt - 1, end.why)
-        budget_ms = int((call.deadline - asyncio.get_running_loop().time()) * 1000)
+        budget_ms = int((call.deadline - self.loop.time()) * 1000)
         workers = self.registry.workers_of(call.model)
         decision = next_attempt(call.attempt, end, call.progress(), workers, attempt=attempt, budget_ms=budget_ms)
         if isinstance(decision, GiveUp):

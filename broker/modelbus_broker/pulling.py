@@ -99,6 +99,7 @@ class _Linger:
         self.inbox = inbox
         self.subscription: Subscription | None = None
         self.credits = 0
+        self.refill_at = 0  #: with no more credits than this it wants new ones
         self.heard = time.monotonic()
         self.broken = ""
         self.withdrawn = asyncio.Event()
@@ -134,6 +135,7 @@ class Puller:
         self._wake = asyncio.Event()
         self._stopping = False
         self._reconnected = False
+        self._all_linger = False  #: a pull waits at every consumer that can be asked
         self._task: asyncio.Task[None] | None = None
         #: Messages pulled so far.
         self.pulled = 0
@@ -151,8 +153,10 @@ class Puller:
                 await self._task
 
     def wake(self) -> None:
-        """Looks again at the free slots: one was taken or released."""
-        self._wake.set()
+        """Looks again at the free slots: one was released."""
+        # Where pulls wait everywhere one more free slot changes nothing, and this is in the way of every request.
+        if not self._all_linger:
+            self._wake.set()
 
     async def pause(self, consumer: str, seconds: float) -> None:
         """Takes nothing from a consumer for so long. Returns when its waiting pull is withdrawn."""
@@ -178,13 +182,14 @@ class Puller:
                 await asyncio.sleep(0.2)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(1.0 if self._all_linger else 0.25):
                     await self._wake.wait()
         with contextlib.suppress(ModelBusError):
             await self._withdraw(list(self._lingering))
 
     async def _step(self) -> None:
         """Brings the waiting pulls in line with the free slots."""
+        self._all_linger = False
         if self._reconnected:
             self._reconnected = False
             self._retry_at.clear()
@@ -210,20 +215,24 @@ class Puller:
 
     async def _linger_all(self) -> None:
         now = time.monotonic()
+        everywhere = True
         for consumer in self._consumers:
             if self._free() <= 0:
                 return
             if self._retry_at.get(consumer.name, 0.0) > now:
+                everywhere = False
                 continue
             linger = self._lingering.get(consumer.name)
             if linger is None:
                 linger = self._lingering[consumer.name] = _Linger(consumer, self._bus.new_inbox())
                 linger.subscription = await self._bus.subscribe(linger.inbox, partial(self._on_linger, linger))
             wanted = credits_for(self._free(), self._consumers, consumer.lane)
-            if linger.credits <= wanted // 2:
+            linger.refill_at = wanted // 2
+            if linger.credits <= linger.refill_at:
                 batch = wanted - linger.credits
                 linger.credits += batch
                 await self._pull(consumer, linger.inbox, batch, linger=True)
+        self._all_linger = everywhere
 
     def _on_linger(self, linger: _Linger, msg: Msg) -> None:
         linger.heard = time.monotonic()
@@ -231,7 +240,8 @@ class Puller:
         if not status:
             linger.credits -= 1
             self._deliver(linger.consumer, msg)
-            self._wake.set()
+            if linger.credits <= linger.refill_at or self._free() <= 0:
+                self._wake.set()
         elif status == "408":
             linger.credits -= int(msg.headers.get("Nats-Pending-Messages", linger.credits))
             self._wake.set()

@@ -57,7 +57,7 @@ class Publication:
         self,
         subject: str,
         payload: bytes,
-        headers: dict[str, str],
+        headers: bytes,
         *,
         until: float,
         answered: Callable[[Publication], None],
@@ -92,7 +92,7 @@ class Storing:
         self._settings = settings
         self._spawn = spawn
 
-    async def store(
+    def store(
         self,
         request: Request,
         subject: str,
@@ -101,24 +101,25 @@ class Storing:
         replaces: Accepted | None = None,
     ) -> Publication:
         """Sends an attempt on its way and returns at once; ``answered`` hears what becomes of it."""
-        headers: dict[str, str] = {}
-        if self._settings.dedupe:
-            headers["Nats-Msg-Id"] = names.message_id(request.id, request.attempt)
-        if self._settings.expiry:
-            headers["Nats-TTL"] = f"{request.budget_ms // 1000 + 60}s"
+        headers = b""
+        if self._settings.dedupe or self._settings.expiry:
+            msg_id = f"Nats-Msg-Id: {names.message_id(request.id, request.attempt)}\r\n" if self._settings.dedupe else ""
+            ttl = f"Nats-TTL: {request.budget_ms // 1000 + 60}s\r\n" if self._settings.expiry else ""
+            headers = f"NATS/1.0\r\n{msg_id}{ttl}\r\n".encode()
         until = time.monotonic() + min(self._settings.accept_timeout_s, request.budget_ms / 1000)
         publication = Publication(subject, payload, headers, until=until, answered=answered, replaces=replaces)
-        await self._send(publication)
+        self._send(publication)
         return publication
 
-    async def _send(self, publication: Publication) -> None:
+    def _send(self, publication: Publication) -> None:
         publication.sent_at = time.monotonic()
-        self._bus.forget_reply(publication.reply)
+        if publication.reply:
+            self._bus.forget_reply(publication.reply)
         publication.reply = self._bus.on_reply(partial(self._heard, publication))
         # Where the connection takes nothing now, it is sent again until the time is up.
         with contextlib.suppress(BusUnavailable):
-            await self._bus.publish(
-                publication.subject, publication.payload, reply=publication.reply, headers=publication.headers or None
+            self._bus.send(
+                publication.subject, publication.payload, reply=publication.reply, headers=publication.headers
             )
 
     def _heard(self, publication: Publication, msg: Msg) -> None:
@@ -146,7 +147,7 @@ class Storing:
         if now - publication.sent_at < AGAIN_S:
             return
         if now < publication.until and self._settings.dedupe:
-            self._spawn(self._send(publication))
+            self._send(publication)
             return
         self.forget(publication)
         publication.error = BusUnavailable("the bus did not store the request: no answer from its stream")

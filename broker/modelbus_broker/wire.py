@@ -165,7 +165,7 @@ class WireClient(nats.aio.client.Client):
         if self.is_closed:
             raise nats.errors.ConnectionClosedError
         self._sid += 1
-        subscription = Subscription(self, self._sid, subject, queue=queue)
+        subscription = _Interest(self, self._sid, subject, queue=queue)
         subscription.deliver = callback
         self._subs[self._sid] = subscription
         await self._send_subscribe(subscription)
@@ -220,6 +220,12 @@ class WireClient(nats.aio.client.Client):
                 await self._process_info(json.loads(rest))
             elif operation == b"-ERR":
                 await self._process_err(rest.strip(b" '").decode().lower())
+
+
+class _Interest(Subscription):
+    """A subscription whose messages go straight to a callback."""
+
+    deliver: Callable[[Msg], None]
 
 
 class _Reader(asyncio.Protocol):

@@ -32,6 +32,8 @@ from .outbox import Outbox, Ring
 log = logging.getLogger(__name__)
 
 VECTOR_FRAME_BYTES = 512 << 10
+#: A request with less time left than this has a timer of its own.
+TIMER_S = 30.0
 
 
 class Execution:
@@ -123,8 +125,11 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
     outcome, retry = "failed", False
-    # A plain timer costs a third of asyncio.timeout_at.
-    timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
+    # A timer only where the liveness loop, which looks at all deadlines, would be late by much.
+    timer = None
+    loop = asyncio.get_running_loop()
+    if execution.deadline - loop.time() < TIMER_S:
+        timer = loop.call_at(execution.deadline, execution.expire)
     try:
         finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
     except asyncio.CancelledError:
@@ -154,7 +159,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
             )
         return finished.usage, "done", ""
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
     execution.state = "ended"
     execution.failure = error.message
     spent = usage.usage()

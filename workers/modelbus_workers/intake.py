@@ -83,6 +83,7 @@ class Intake:
         self.pause: Callable[[str, float], Awaitable[None]] = _no_pause
         self.total = self.failed = 0
         self.last_work_ms = 0
+        self._loop = asyncio.get_running_loop()
         self._runs = Bucket(bus, names.BUCKET_RUNS)
         self._ended: OrderedDict[str, None] = OrderedDict()
         #: Ids that someone wanted stopped before they came.
@@ -136,7 +137,7 @@ class Intake:
         match decision.action:
             case "run" | "run_alone":
                 left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
-                deadline = asyncio.get_running_loop().time() + left_s
+                deadline = self._loop.time() + left_s
                 self._accept(request, pulled, deadline, alone=decision.action == "run_alone")
             case "give_back":
                 delay_ns = decision.delay_ms * 1_000_000
@@ -178,7 +179,7 @@ class Intake:
             self._others_gone.clear()
             if len(self.executions) == 1:
                 self._others_gone.set()
-        execution.task = asyncio.create_task(self._run(execution))
+        execution.task = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
         usage, outcome, code = Usage(), "cancelled", "request_cancelled"
@@ -187,9 +188,9 @@ class Intake:
             if execution.cancelled:
                 raise asyncio.CancelledError
             try:
-                if not await self._may_start(execution):
+                if self._has_to_wait(execution) and not await self._may_start(execution):
                     return
-                task = await self._task_of(execution.request)
+                task = execution.request.task or await self._task_of(execution.request)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
@@ -251,13 +252,17 @@ class Intake:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
 
     async def _task_of(self, request: Request) -> Task:
-        if request.task is not None:
-            return request.task
         if request.blob is None:
             raise PoisonRequest("the request has no task")
         return decode_task(await get_blob(self.bus, request.blob))
 
     # Before the engine gets it
+
+    def _has_to_wait(self, execution: Execution) -> bool:
+        """Something is to be done before the run may start; False for most."""
+        request = execution.request
+        kept = request.background or request.idempotency_key
+        return bool(kept) or execution.pulled.delivery > 1 or self._alone is execution
 
     async def _may_start(self, execution: Execution) -> bool:
         """Waits until the run may start; False when another run counts.

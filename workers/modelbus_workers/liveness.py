@@ -45,6 +45,7 @@ class Liveness:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(ALIVE_S)
+            self._expire()
             if not self._bus.is_connected:
                 continue
             publishers = {ring.publisher for ring in self._worker.outbox.rings.values()}
@@ -105,6 +106,12 @@ class Liveness:
             execution = self._worker.executions.get(key)
             if execution is not None:
                 execution.stop("nobody waits for it")
+
+    def _expire(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for execution in list(self._worker.executions.values()):
+            if execution.deadline < now:
+                execution.expire()
 
     def _abort_orphans(self) -> None:
         if self._bus.connected_for_s < RECONNECT_GRACE_S:
