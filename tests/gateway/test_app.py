@@ -281,7 +281,7 @@ async def test_metrics_count_requests_tokens_and_queues(echo_url: str, http: aio
 
 
 async def test_a_queue_that_stands_still_is_in_the_metrics() -> None:
-    metrics = Metrics()
+    metrics = Metrics(lambda: 0)
     metrics.stuck(["moves", "stands"], {"stands": 12.0})
     text = metrics.exposition().decode()
     assert 'modelbus_queue_stuck{model="stands"} 1.0' in text
