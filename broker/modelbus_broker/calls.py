@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -64,6 +64,7 @@ class Call:
         self._bytes = 0
         self._error: ModelBusError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
         self._storing: asyncio.Future[None] | None = None
 
     # The router's side
@@ -107,9 +108,10 @@ class Call:
             self.delivered = True
         self._frames.append(frame)
         self._bytes += size
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._listener is not None:
+            self._publisher.tell_soon(self._listener)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _remember(self, delta: Delta) -> None:
         """Keeps what another worker would need to go on, where there is one that could."""
@@ -156,9 +158,10 @@ class Call:
             self._storing.set_result(None)
 
     def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._listener is not None:
+            self._publisher.loop.call_soon(self._listener)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # The reader's side
 
@@ -184,15 +187,25 @@ class Call:
         Raises:
             ModelBusError: the request failed, was cancelled or ran out of time.
         """
-        while not self._frames:
-            if self.over:
-                assert self._error is not None
-                raise self._error
+        while not (frames := self.ready()):
             self._waiter = self._publisher.loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+        return frames
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """Calls back when something is :meth:`ready`, in place of waking who waits in :meth:`batch`; None ends it."""
+        self._listener = callback
+
+    def ready(self) -> list[Answer]:
+        """What :meth:`batch` would return now, without waiting: perhaps nothing. Raises what it raises."""
+        if not self._frames:
+            if self.over:
+                assert self._error is not None
+                raise self._error
+            return []
         frames, self._frames, self._bytes = self._frames, [], 0
         self.shown = self.delivered
         if self.overflowed:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -113,6 +113,7 @@ class Publisher:
         self._background: list[asyncio.Task[None]] = []
         self._subscriptions: list[Any] = []
         self._busy = asyncio.Event()
+        self._listeners: dict[Callable[[], None], None] = {}  #: to be told when the message is sorted in
         self.loop = asyncio.get_running_loop()
 
     # Life
@@ -309,6 +310,14 @@ class Publisher:
                     self._control(worker, Stop(id=frame.id, run=frame.run, reason="superseded"))
             elif verdict is Verdict.RIVAL:
                 self._control(worker, LetGo(id=frame.id, run=frame.run))
+        if self._listeners:
+            listeners, self._listeners = self._listeners, {}
+            for listener in listeners:
+                listener()
+
+    def tell_soon(self, listener: Callable[[], None]) -> None:
+        """Calls a listener when all frames of the message that is being read are with their calls."""
+        self._listeners[listener] = None
 
     def ended(self, call: Call) -> None:
         """A call has its last frame, or an error."""

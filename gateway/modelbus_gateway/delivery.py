@@ -21,6 +21,8 @@ from .events import KEEP_ALIVE
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 #: A plain body above this size is delivered under the watch too.
 LARGE_BODY = 256 * 1024
+#: With so many bytes waiting in a client's socket its stream waits; aiohttp's own limit is the same.
+ROOM_BYTES = 64 * 1024
 
 
 class Delivery:
@@ -32,6 +34,7 @@ class Delivery:
         self.quiet_since = time.monotonic()
         self.writing_since = 0.0  #: 0: no write is waiting
         self.waiting_bytes = -1  #: in the socket's buffer, when the watch looked last
+        self.wrote = False  #: something was written since the watch looked last
         self._request = request
         self._watch = watch
         self._lock = asyncio.Lock()
@@ -64,6 +67,36 @@ class Delivery:
                 if not self.response.prepared:
                     await self.response.prepare(self._request)
                 await self.response.write(data)
+            finally:
+                self.writing_since, self.waiting_bytes = 0.0, -1
+                self.quiet_since = time.monotonic()
+
+    @property
+    def takes_more(self) -> bool:
+        """The headers are out and pieces can follow by :meth:`write_now`."""
+        return self.response.prepared and self._request.version == HttpVersion11
+
+    def write_now(self, data: bytes) -> bool:
+        """Writes without waiting, after the first :meth:`write`; False when :meth:`room` should be waited for."""
+        transport = self.transport
+        if transport is None:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data))  # a chunk of HTTP/1.1
+        self.wrote = True
+        return transport.get_write_buffer_size() < ROOM_BYTES
+
+    async def room(self) -> None:
+        """Returns when the client's socket has room again.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
+        async with self._lock:
+            self.writing_since = time.monotonic()
+            try:
+                if self.transport is None:
+                    raise ClientConnectionResetError("the client is gone")
+                await self._request.writer.drain()
             finally:
                 self.writing_since, self.waiting_bytes = 0.0, -1
                 self.quiet_since = time.monotonic()
@@ -164,6 +197,8 @@ class ClientWatch:
             self._each_second()
             now = time.monotonic()
             for delivery in tuple(self.open):
+                if delivery.wrote:
+                    delivery.wrote, delivery.quiet_since = False, now
                 if delivery.writing_since:
                     self._check_progress(delivery, now)
                 elif delivery.comments and now - delivery.quiet_since >= self._comment_s:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from aiohttp import web
 from modelbus.answers import AnswerBuilder, collect
 from modelbus_broker import names, topology
-from modelbus_broker.calls import Call
+from modelbus_broker.calls import Answer, Call
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound
 from modelbus_broker.messages import Done
@@ -22,6 +22,7 @@ from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
+from .relay import relay
 from .settings import GatewaySettings
 from .translate import (
     CHAT_BODY,
@@ -191,7 +192,7 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def _stream(
-    gateway: Gateway, request: web.Request, call: Call, encode: Callable[[list[object]], bytes]
+    gateway: Gateway, request: web.Request, call: Call, encode: Callable[[list[Answer]], bytes]
 ) -> web.StreamResponse:
     """Streams an answer. Until its first byte is out an error is an ordinary response; later it is the last event.
 
@@ -204,8 +205,11 @@ async def _stream(
         try:
             async with call:
                 while done is None:
+                    if delivery.takes_more:
+                        done = await relay(call, delivery, encode)
+                        continue
                     batch = await call.batch()
-                    data = encode(batch)  # type: ignore[arg-type]  # a list that is only read
+                    data = encode(batch)
                     if type(last := batch[-1]) is Done:
                         done = last
                     if not data:
