@@ -126,11 +126,12 @@ class WireClient(nats.aio.client.Client):
         self._pending_data_size += len(command)
         if not connected:
             return
-        if len(self._pending) >= _TOGETHER:
-            self._write_out()
-        elif not self._writing:
+        if not self._writing:
             self._writing = True
             asyncio.get_running_loop().call_soon(self._write_rest)
+            self._write_out()
+        elif len(self._pending) >= _TOGETHER:
+            self._write_out()
 
     def _write_rest(self) -> None:
         self._writing = False

@@ -37,6 +37,7 @@ from modelbus_broker.messages import (
     encode,
 )
 from modelbus_broker.pulling import Puller
+from modelbus_broker.scheduling import prefer_throughput
 from modelbus_broker.topology import consumers_of, declare_memory
 
 from .draining import Draining, exit_after
@@ -149,6 +150,7 @@ class Worker:
         )
         intake.wake, intake.pause = self._puller.wake, self._puller.pause
         garbage.settle()
+        prefer_throughput()
         await self.set_state("ok")
         await self._puller.start()
         return [
