@@ -56,7 +56,7 @@ from .messages import (
 from .reception import Verdict
 from .registry import Registry
 from .standstill import StandstillWatch
-from .storing import Publication, PublisherSettings, Storing
+from .storing import HEAR_FIRST_S, Publication, PublisherSettings, Storing
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ SILENT_S = 1.2
 PROBE_S = 0.3
 #: After a reconnect live peers can look dead for some ms; nobody is declared dead so soon after it.
 RECONNECT_GRACE_S = 3.0
+#: The message of a lost run is terminated again and again for so long; a cluster may have to choose a leader first.
+TERMINATE_S = 30.0
 DAY_MS = 24 * 3600 * 1000
 
 
@@ -301,7 +303,7 @@ class Publisher:
                 continue
             verdict = call.offer(frame, size)
             if verdict is taken:
-                if type(frame) is Accepted and frame.delivery > 1:
+                if type(frame) is Accepted and (frame.asks or frame.delivery > 1):
                     self._control(worker, Go(id=frame.id, run=frame.run))
             elif verdict is Verdict.GAP:
                 self.ask_resend(call, worker)
@@ -382,9 +384,11 @@ class Publisher:
                     (confirmed if state.state == "ended" else stop).append(key)
                     continue
                 call.last_alive, call.missing = now, 0
-                if call.promised >= call.reception.next_seq and not call.overflowed:
+                unheard = not call.reception.run and self.bus.connected_for_s < HEAR_FIRST_S
+                if unheard or (call.promised >= call.reception.next_seq and not call.overflowed):
                     # Said to be sent in the last alive message and still not here: the last frames of a run
                     # leave no gap when they are lost. (Those that this one names may still be on their way.)
+                    # Or we were cut off, and hear of the run only now.
                     call.reception.run = state.run
                     self.ask_resend(call, alive.worker)
                 call.promised = state.seq
@@ -521,7 +525,16 @@ class Publisher:
                 log.warning("half an answer of %s may lie where nobody pulls: %s", call.model, error)
 
     async def _terminate(self, accepted: Accepted, why: str) -> None:
-        await self._send(accepted.ack_subject, f"+TERM {why}".encode())
+        """Takes a run's message away, and says so until the bus has heard it: it would be delivered again otherwise."""
+        until = time.monotonic() + TERMINATE_S
+        while time.monotonic() < until:
+            with contextlib.suppress(NoResponders, TimeoutError, BusUnavailable):
+                await self.bus.request(accepted.ack_subject, f"+TERM {why}".encode())
+                return
+            await asyncio.sleep(0.2)
+        log.warning(
+            "the message of run %s of %s may be delivered again: the bus does not answer", accepted.run, accepted.id
+        )
 
     async def _on_reconnect(self) -> None:
         # Nobody was heard while we were cut off; that is no sign of death.

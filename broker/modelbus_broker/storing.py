@@ -23,6 +23,9 @@ from .standstill import STUCK_S
 AGAIN_S = 2.0
 #: While a cluster elects a leader, or a server starts, nobody answers for the stream.
 NOBODY_S = 0.1
+#: After a reconnect nothing is sent again for so long. A worker may have the request, or have answered it already while
+#: we were cut off, and says so first; a bus that was restarted would take it for a new one.
+HEAR_FIRST_S = 2.0
 
 #: A stream is at its limit of messages or bytes.
 _FULL = (10077, 10122, 10054, 10047)
@@ -147,7 +150,8 @@ class Storing:
         if now - publication.sent_at < AGAIN_S:
             return
         if now < publication.until and self._settings.dedupe:
-            self._send(publication)
+            if self._bus.connected_for_s > HEAR_FIRST_S:
+                self._send(publication)
             return
         self.forget(publication)
         publication.error = BusUnavailable("the bus did not store the request: no answer from its stream")

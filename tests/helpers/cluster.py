@@ -50,18 +50,19 @@ class WorkerProcess:
 
 
 class Cluster:
-    """A bus with workers on it."""
+    """A bus with workers on it. ``url`` names all servers where the bus has several."""
 
-    def __init__(self, *, bus: Bus, server: EmbeddedServer, folder: Path) -> None:
+    def __init__(self, *, bus: Bus, server: EmbeddedServer, folder: Path, url: str = "") -> None:
         self.bus = bus
         self.server = server
+        self._url = url
         self.folder = folder
         self.workers: list[WorkerProcess] = []
         self._publishers: list[tuple[Publisher, Registry, Bus]] = []
 
     @property
     def settings(self) -> BusSettings:
-        return BusSettings(url=self.server.url)
+        return BusSettings(url=self._url or self.server.url)
 
     async def declare(self, deployment: Deployment) -> None:
         """Writes a deployment and makes its consumers, as deploy does; no node is told to start it."""
@@ -83,8 +84,12 @@ class Cluster:
         return worker
 
     async def deploy_echo(self, model: str = "echo", *, workers: int = 1, **params: str) -> list[WorkerProcess]:
-        """A model on the echo engine, with its workers ready. ``slots`` and ``drain_s`` are the deployment's."""
+        """A model on the echo engine, with its workers ready.
+
+        ``slots``, ``drain_s`` and ``max_crashes`` are the deployment's.
+        """
         slots, drain_s = int(params.pop("slots", "0")), float(params.pop("drain_s", "25"))
+        max_crashes = int(params.pop("max_crashes", "3"))
         deployment = Deployment(
             name=model,
             model=model,
@@ -94,6 +99,7 @@ class Cluster:
             replicas=workers,
             slots=slots,
             drain_s=drain_s,
+            max_crashes=max_crashes,
         )
         await self.declare(deployment)
         started = [self.start_worker(deployment, replica=n) for n in range(workers)]

@@ -44,10 +44,12 @@ class Execution:
         wanted: False once somebody told us to stop: its outcome is "cancelled" and no error.
         counts: False once another run of the request counts: it says nothing more and never acknowledges.
         handed_over: another worker goes on; its publisher, and not this worker, lets the message go.
+        asks: it waits for its publisher's word before it starts.
+        doubt: set while another run may count without our knowing: it does not end before its publisher was heard.
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
+        "asks", "began", "cancelled", "counts", "deadline", "doubt", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
         "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
@@ -69,6 +71,8 @@ class Execution:
         self.stop_reason = ""
         self.failure = ""  #: the error that it ended with, in words
         self.counts = True
+        self.asks = False
+        self.doubt: asyncio.Event | None = None
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -90,11 +94,11 @@ class Execution:
         self.expired = True
         self.stop("its time is up")
 
-    def hand_over(self) -> None:
-        """The worker is being stopped: another one goes on from here."""
+    def hand_over(self, why: str = "its worker was stopped") -> None:
+        """Another worker goes on from here, if somebody still waits for it."""
         if self.state != "ended" and not self.cancelled:
             self.handed_over = True
-            self.stop("its worker was stopped")
+            self.stop(why)
 
     def let_go(self) -> None:
         """Another run counts."""
@@ -102,6 +106,17 @@ class Execution:
         if self.go is not None and not self.go.done():
             self.go.set_result(False)
         self.stop("another run of the request counts")
+
+    def begin_doubt(self) -> None:
+        """We stood still, or were cut off: the run may have been given up for lost."""
+        if self.doubt is None:
+            self.doubt = asyncio.Event()
+
+    def end_doubt(self) -> None:
+        """Its publisher, which was asked since, has not said that another run counts."""
+        if self.doubt is not None:
+            self.doubt.set()
+            self.doubt = None
 
     def stopped(self) -> tuple[ModelBusError, str]:
         """What a run that was stopped says, and its outcome."""
@@ -132,6 +147,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
         timer = loop.call_at(execution.deadline, execution.expire)
     try:
         finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
+        if execution.doubt is not None:
+            await execution.doubt.wait()
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise

@@ -37,11 +37,13 @@ from modelbus_broker.messages import (
     decode_task,
 )
 from modelbus_broker.pulling import Pulled
+from modelbus_broker.topology import ACK_WAIT_S
 
 from .admission import decide
 from .engines.base import Engine
 from .execution import Execution, execute, usage_event
 from .ledger import Ledger
+from .liveness import PUBLISHER_DEAD_S
 from .outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Intake:
         clock_offset_ms: the server's clock minus ours.
         closed: takes nothing new; what comes is given back.
         executions: held and running requests, by run key.
+        pulse: called before a message is judged, for the time.
+        reach: tells a publisher what runs for it; False when nobody listens there.
         wake: called when a slot is free again.
         pause: takes nothing from a consumer for so many seconds.
     """
@@ -84,6 +88,9 @@ class Intake:
         self.total = self.failed = 0
         self.last_work_ms = 0
         self._loop = asyncio.get_running_loop()
+        self.pulse: Callable[[], float] = time.monotonic
+        self.reach: Callable[[str], Awaitable[bool]] = _nobody
+        self._doubt_until = 0.0
         self._runs = Bucket(bus, names.BUCKET_RUNS)
         self._ended: OrderedDict[str, None] = OrderedDict()
         #: Ids that someone wanted stopped before they came.
@@ -105,11 +112,33 @@ class Intake:
         except (msgspec.MsgspecError, ValueError) as error:
             self._spawn(self._bury_unreadable(pulled, f"it cannot be decoded: {error}"))
             return
-        if pulled.delivery > 1:
+        now = self.pulse()  # first: a message may have come while we stood still
+        uncertain = pulled.delivery > 1 or now < self._doubt_until
+        if uncertain and (held := self._held(request)) is not None:
+            # The bus has forgotten that it gave us this message. There is one run, and from now on it is this
+            # delivery that is kept in progress and acknowledged.
+            held.pulled = pulled
+            self._spawn(self._answer(pulled, b"+WPI"))
+        elif pulled.delivery > 1:
             # Rare, and what has become of the earlier deliveries is read from a bucket first.
             self._spawn(self._take_again(request, pulled))
         else:
             self._judge(request, pulled, 0)
+
+    def doubt(self, *, held: bool) -> None:
+        """Messages that come from now on may be with another worker too; with ``held`` so may those that are here."""
+        self._doubt_until = time.monotonic() + ACK_WAIT_S
+        if held:
+            for execution in self.executions.values():
+                execution.begin_doubt()
+
+    def _held(self, request: Request) -> Execution | None:
+        """The run of this very attempt that is here already."""
+        for execution in self.executions.values():
+            same = execution.request.id == request.id and execution.request.attempt == request.attempt
+            if same and execution.counts:
+                return execution
+        return None
 
     def cancel(self, request_id: str) -> None:
         """Someone wants a request stopped that is not here: it may be on its way."""
@@ -161,6 +190,7 @@ class Intake:
         run = names.run_name(request.attempt, pulled.delivery, self.id)
         ring = self.outbox.open(request.id, run)
         execution = Execution(request, pulled, run, ring, deadline)
+        execution.asks = pulled.delivery > 1 or time.monotonic() < self._doubt_until
         self.executions[names.run_key(request.id, run)] = execution
         self.outbox.send(
             ring,
@@ -172,6 +202,7 @@ class Intake:
                 position=sum(map(len, request.output_token_ids)),
                 compat=self.compat,
                 delivery=pulled.delivery,
+                asks=execution.asks,
             ),
         )
         if alone:
@@ -262,7 +293,7 @@ class Intake:
         """Something is to be done before the run may start; False for most."""
         request = execution.request
         kept = request.background or request.idempotency_key
-        return bool(kept) or execution.pulled.delivery > 1 or self._alone is execution
+        return bool(kept) or execution.asks or self._alone is execution
 
     async def _may_start(self, execution: Execution) -> bool:
         """Waits until the run may start; False when another run counts.
@@ -272,7 +303,7 @@ class Intake:
         """
         request = execution.request
         again = execution.pulled.delivery > 1
-        if again and not await self._is_wanted(execution):
+        if execution.asks and not await self._is_wanted(execution):
             return False
         if self._alone is execution:
             try:
@@ -286,12 +317,28 @@ class Intake:
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
-        """Asks the publisher whether this run shall count; one that does not answer is gone."""
+        """Asks the publisher whether this run shall count.
+
+        Where it is gone, a request that is to run to its end runs, and any other ends here: its client is gone too,
+        perhaps with the whole answer, and one that comes back has it published anew.
+        """
         execution.go = asyncio.get_running_loop().create_future()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GO_WAIT_S):
                 return await execution.go
-        return True
+        request = execution.request
+        if request.background or request.idempotency_key:
+            return True
+        until = time.monotonic() + PUBLISHER_DEAD_S
+        while not await self.reach(execution.ring.publisher):
+            if time.monotonic() > until:
+                # Nothing is said: whoever reads the frames later shall not take this for the end of the answer.
+                execution.counts = False
+                self._spawn(self._answer(execution.pulled, b"+TERM its publisher is gone"))
+                return False
+            await asyncio.sleep(GO_WAIT_S)
+        await asyncio.sleep(0)  # if it answered that nobody wants this run, it ends here
+        return execution.counts
 
     async def _read_starts(self, request: Request) -> int:
         try:
@@ -402,6 +449,11 @@ class Intake:
 
 def _nothing() -> None:
     """Nobody is woken before the worker pulls."""
+
+
+async def _nobody(_publisher: str) -> bool:
+    """Publishers are told of runs once the worker serves."""
+    return False
 
 
 async def _no_pause(_consumer: str, _seconds: float) -> None:

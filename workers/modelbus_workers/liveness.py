@@ -51,7 +51,7 @@ class Liveness:
             publishers = {ring.publisher for ring in self._worker.outbox.rings.values()}
             for publisher in publishers - self._asking:
                 self._asking.add(publisher)
-                task = asyncio.create_task(self._tell(publisher), name="alive")
+                task = asyncio.create_task(self.tell(publisher), name="alive")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             self._abort_orphans()
@@ -77,19 +77,22 @@ class Liveness:
         end = time.monotonic() + timeout_s
         gone: set[str] = set()
         while left := {ring.publisher for ring in self._worker.outbox.rings.values()} - gone:
-            heard = await asyncio.gather(*(self._tell(publisher) for publisher in left))
+            heard = await asyncio.gather(*(self.tell(publisher) for publisher in left))
             gone.update(publisher for publisher, is_there in zip(left, heard, strict=True) if not is_there)
             if time.monotonic() > end:
                 return
             await asyncio.sleep(0.05)
 
-    async def _tell(self, publisher: str) -> bool:
-        """False when nobody listens there."""
+    async def tell(self, publisher: str) -> bool:
+        """Tells a publisher what runs for it, and does what it answers. False when nobody listens there."""
         try:
             payload = encode(self.alive_for(publisher))
+            doubted = [e for e in self._worker.executions.values() if e.doubt and e.ring.publisher == publisher]
             msg = await self._bus.request(names.alive_subject(publisher), payload, timeout_s=ANSWER_S)
             self._heed(decode_alive_reply(msg.data))
             self._answered[publisher] = time.monotonic()
+            for execution in doubted:
+                execution.end_doubt()
         except (NoResponders, TimeoutError, BusUnavailable) as error:
             self._answered.setdefault(publisher, time.monotonic())
             return not isinstance(error, NoResponders)
@@ -104,7 +107,9 @@ class Liveness:
             self._worker.outbox.forget(key)
         for key in reply.stop:
             execution = self._worker.executions.get(key)
-            if execution is not None:
+            if execution is not None and execution.doubt is not None:
+                execution.let_go()  # the message may be with another worker: it is not ours to acknowledge
+            elif execution is not None:
                 execution.stop("nobody waits for it")
 
     def _expire(self) -> None:
@@ -120,7 +125,11 @@ class Liveness:
         for execution in list(self._worker.executions.values()):
             silent = now - self._answered.get(execution.ring.publisher, now)
             if silent > _grace(execution):
-                execution.stop("its publisher is gone")
+                # Not cancelled: a publisher that was only cut off has another worker go on. Of one that is really
+                # gone the message is delivered once more, and ends there.
+                execution.hand_over("its publisher did not answer")
+            elif silent > PUBLISHER_DEAD_S and _grace(execution) == float("inf"):
+                execution.end_doubt()  # nobody is left who could know better
 
 
 def _grace(execution: Execution) -> float:

@@ -38,7 +38,7 @@ from modelbus_broker.messages import (
 )
 from modelbus_broker.pulling import Puller
 from modelbus_broker.scheduling import prefer_throughput
-from modelbus_broker.topology import consumers_of, declare_memory
+from modelbus_broker.topology import consumers_of, restore_memory
 
 from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
@@ -48,6 +48,7 @@ from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
 from .ledger import Ledger
 from .liveness import Liveness
 from .outbox import Outbox
+from .pulse import STOOD_STILL_S, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Worker:
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self)
         self.executions = self.intake.executions
+        self.pulse = Pulse(self._stood_still)
+        self.intake.pulse, self.intake.reach = self.pulse.beat, self.liveness.tell
         self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s, exit_after)
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
@@ -136,7 +139,7 @@ class Worker:
         intake = self.intake
         intake.slots = self.deployment.slots or self.engine.slots
         intake.compat = self.engine.compat()
-        await self._read_server_clock()
+        await self._first_server_clock()
         self.ledger.start()
         await self.bus.subscribe(names.control_subject(self.id), self._on_control)
         self.bus.on_reconnect(self._on_reconnect)
@@ -215,6 +218,7 @@ class Worker:
         told = (-1, -1)
         while True:
             await asyncio.sleep(0.5)
+            self.pulse.beat()
             due = time.monotonic() - self._last_beat >= HEARTBEAT_S
             # Who asks right after an answer shall find it counted, also when it came and went between two looks.
             shown = (len(self.executions), self.intake.total)
@@ -225,10 +229,30 @@ class Worker:
     async def _on_reconnect(self) -> None:
         # First of all: nobody else shall get what runs here.
         await self._send_in_progress()
-        with contextlib.suppress(ModelBusError):
-            await declare_memory(self.bus)
-        await self._beat()
         self.liveness.reconnected()
+        # A bus that was killed may not know what it delivered, and delivers it again as if for the first time.
+        self.intake.doubt(held=self.bus.away_s > STOOD_STILL_S)
+        await self._beat()
+        await restore_memory(self.bus)
+        await self._beat()
+
+    def _stood_still(self, seconds: float) -> None:
+        log.warning("stood still for %.1f s: asking the publishers about all that is here", seconds)
+        self.liveness.reconnected()
+        self.intake.doubt(held=True)
+        self._spawn(self._send_in_progress())
+
+    async def _first_server_clock(self) -> None:
+        """Returns when the server's clock is known: deadlines count by it. While a leader is chosen nobody answers."""
+        while not self.draining.begun.is_set():
+            try:
+                await self._read_server_clock()
+                return
+            except ModelBusError as error:
+                log.warning("the bus does not say what time it is: %s", error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self.draining.begun.wait()
 
     async def _read_server_clock(self) -> None:
         sent = time.time_ns() / 1e6

@@ -57,6 +57,7 @@ class Accepted(Row, frozen=True, kw_only=True, tag="a"):
     position: int = 0  #: output tokens that the run starts from, over all choices
     compat: str = ""
     delivery: int = 1
+    asks: bool = False  #: it waits for ``go`` or ``let_go`` before it starts
 
 
 class Started(Row, frozen=True, kw_only=True, tag="s"):
