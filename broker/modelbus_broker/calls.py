@@ -58,6 +58,7 @@ class Call:
         #: Output per choice, so that another worker can go on from here.
         self.token_ids: list[list[int]] = []
         self.chars: list[int] = []
+        self.finished: set[int] = set()  #: choices whose last delta has come
         self.delivered = False  #: some output has come
         self.shown = False  #: and the reader has got some of it
         self._frames: list[Answer] = []
@@ -95,6 +96,8 @@ class Call:
             case Started():
                 self.engine_started = True
             case Delta():
+                if self.end is not None and frame.choice in self.finished:
+                    return  # it had ended before the run that this one goes on from was lost: the reader has its end
                 self._remember(frame)
                 self.delivered = True
             case Vectors():
@@ -111,6 +114,8 @@ class Call:
         if self.accepted is None or not self.accepted.compat:
             return
         choice = delta.choice
+        if delta.finish_reason:
+            self.finished.add(choice)
         while len(self.chars) <= choice:
             self.token_ids.append([])
             self.chars.append(0)
@@ -133,7 +138,7 @@ class Call:
         self._frames = [Restarted()] if self.shown else []
         self._bytes = 0
         self.delivered = self.shown = self.overflowed = False
-        self.token_ids, self.chars = [], []
+        self.token_ids, self.chars, self.finished = [], [], set()
         self._wake()
 
     def fail(self, error: ModelBusError) -> None:

@@ -47,6 +47,7 @@ def create_app(
             await registry.start()
             publisher = Publisher(connection, registry, kind="gateway", settings=publishing)
             stack.push_async_callback(publisher.close)
+            publisher.aborts.observe = metrics.aborted
             await publisher.start()
             watch = ClientWatch(
                 keep_alive_comment_s=settings.keep_alive_comment_s, client_stall_s=settings.client_stall_s

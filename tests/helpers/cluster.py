@@ -49,6 +49,14 @@ class WorkerProcess:
         return self.log_file.read_text(errors="replace")
 
 
+def echo_deployment(model: str = "echo", *, workers: int = 1, **params: str) -> Deployment:
+    """A model on the echo engine. ``slots`` and the times ``..._s`` are the deployment's, all else is the engine's."""
+    slots = int(params.pop("slots", "0"))
+    times = {name: float(params.pop(name)) for name in list(params) if name.endswith("_s")}
+    wish = Deployment(name=model, model=model, engine="echo", revision="1", replicas=workers, slots=slots)
+    return msgspec.structs.replace(wish, engine_params=params, **times)
+
+
 class Cluster:
     """A bus with workers on it."""
 
@@ -83,18 +91,8 @@ class Cluster:
         return worker
 
     async def deploy_echo(self, model: str = "echo", *, workers: int = 1, **params: str) -> list[WorkerProcess]:
-        """A model on the echo engine, with its workers ready. ``slots`` and ``drain_s`` are the deployment's."""
-        slots, drain_s = int(params.pop("slots", "0")), float(params.pop("drain_s", "25"))
-        deployment = Deployment(
-            name=model,
-            model=model,
-            engine="echo",
-            revision="1",
-            engine_params=params,
-            replicas=workers,
-            slots=slots,
-            drain_s=drain_s,
-        )
+        """A model on the echo engine, with its workers ready; see ``echo_deployment``."""
+        deployment = echo_deployment(model, workers=workers, **params)
         await self.declare(deployment)
         started = [self.start_worker(deployment, replica=n) for n in range(workers)]
         await self.wait_ready(model, workers)

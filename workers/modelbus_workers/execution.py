@@ -32,6 +32,7 @@ from .outbox import Outbox, Ring
 log = logging.getLogger(__name__)
 
 VECTOR_FRAME_BYTES = 512 << 10
+_FRAMES_BEFORE_OUTPUT = 2
 
 
 class Execution:
@@ -70,14 +71,19 @@ class Execution:
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
 
+    @property
+    def has_output(self) -> bool:
+        """More than `accepted` and `started` has been said."""
+        return self.seq > _FRAMES_BEFORE_OUTPUT
+
     def next_seq(self) -> int:
         seq = self.seq
         self.seq = seq + 1
         return seq
 
     def stop(self, reason: str) -> None:
-        """Aborts the engine's work."""
-        if self.state != "ended":
+        """Aborts the engine's work, once: an engine that takes its time to let go is not disturbed in that."""
+        if self.state != "ended" and not self.cancelled:
             self.cancelled, self.stop_reason = True, reason
             # A task that is cancelled before its first step never enters its own code, and would not end the run.
             if self.task is not None and self.entered:
@@ -85,7 +91,7 @@ class Execution:
 
     def expire(self) -> None:
         """The request's time is up."""
-        self.expired = True
+        self.expired = not self.cancelled
         self.stop("its time is up")
 
     def hand_over(self) -> None:

@@ -189,7 +189,7 @@ class Intake:
             try:
                 if not await self._may_start(execution):
                     return
-                task = await self._task_of(execution.request)
+                task = await self._task_of(execution)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
@@ -245,17 +245,21 @@ class Intake:
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
         # A run that does not count, or is handed over, leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if owns else "")
+        ack_subject = pulled.ack_subject if owns else ""
+        self.ledger.book(event, ack_subject, publisher=execution.ring.publisher, since=execution.began)
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
 
-    async def _task_of(self, request: Request) -> Task:
+    async def _task_of(self, execution: Execution) -> Task:
+        request = execution.request
         if request.task is not None:
             return request.task
         if request.blob is None:
             raise PoisonRequest("the request has no task")
-        return decode_task(await get_blob(self.bus, request.blob))
+        body = await get_blob(self.bus, request.blob)
+        _check_time(execution)
+        return decode_task(body)
 
     # Before the engine gets it
 
@@ -278,6 +282,7 @@ class Intake:
         # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
         if again or request.background or request.idempotency_key:
             await self._count_start(request)
+        _check_time(execution)
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
@@ -393,6 +398,12 @@ class Intake:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_time(execution: Execution) -> None:
+    """Work whose time was up while it was being prepared is not started. Raises DeadlineExceeded."""
+    if asyncio.get_running_loop().time() > execution.deadline:
+        raise DeadlineExceeded("the time of the request was up before the engine could have it")
 
 
 def _nothing() -> None:
