@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,14 +27,15 @@ from modelbus_workers.job import WorkerJob
 class WorkerProcess:
     """One ``python -m modelbus_workers.worker``."""
 
-    def __init__(self, job: WorkerJob, log_file: Path) -> None:
+    def __init__(self, job: WorkerJob, log_file: Path, prefix: Sequence[str] = ()) -> None:
         self.id = job.worker_id
         self.deployment = job.deployment
         self.log_file = log_file
         with log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "modelbus_workers.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log
-            )
+                [*prefix, sys.executable, "-m", "modelbus_workers.worker"],
+                stdin=subprocess.PIPE, stdout=log, stderr=log,
+            )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(job))
         self.process.stdin.close()
@@ -77,7 +79,10 @@ class Cluster:
         key = names.deployment_key(deployment.name)
         await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(key, encode(deployment))
 
-    def start_worker(self, deployment: Deployment, *, replica: int = 0, node: str = "test") -> WorkerProcess:
+    def start_worker(
+        self, deployment: Deployment, *, replica: int = 0, node: str = "test", prefix: Sequence[str] = ()
+    ) -> WorkerProcess:
+        """``prefix`` is a command that runs it, on another host for instance."""
         job = WorkerJob(
             worker_id=names.new_worker_id(),
             deployment=deployment,
@@ -86,7 +91,7 @@ class Cluster:
             node=node,
             params=deployment.engine_params,
         )
-        worker = WorkerProcess(job, self.folder / f"worker-{len(self.workers)}.log")
+        worker = WorkerProcess(job, self.folder / f"worker-{len(self.workers)}.log", prefix)
         self.workers.append(worker)
         return worker
 

@@ -10,6 +10,7 @@ from modelbus_broker.connection import Bus
 
 from tests.helpers.gateways import Start, started_gateways
 from tests.helpers.hosts import NodeProcess, StartNode
+from tests.helpers.namespaces import Namespace, second_host
 
 
 @pytest.fixture
@@ -31,3 +32,10 @@ def start() -> Iterator[Start]:
     """Starts gateway processes; arguments are those of the command line."""
     with started_gateways() as start_one:
         yield start_one
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    """A second host; needs root."""
+    with second_host() as space:
+        yield space
