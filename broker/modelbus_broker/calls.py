@@ -58,6 +58,7 @@ class Call:
         #: Output per choice, so that another worker can go on from here.
         self.token_ids: list[list[int]] = []
         self.chars: list[int] = []
+        self.finished: set[int] = set()  #: choices whose last delta has come
         self.delivered = False  #: some output has come
         self.shown = False  #: and the reader has got some of it
         self._frames: list[Answer] = []
@@ -85,6 +86,8 @@ class Call:
     def _take(self, frame: Frame, size: int) -> None:
         # Cheaper than a match, and all frames of all requests pass here.
         if type(frame) is Delta:
+            if self.end is not None and frame.choice in self.finished:
+                return  # it had ended before the run that this one goes on from was lost: the reader has its end
             self._remember(frame)
             self.delivered = True
         elif type(frame) is Accepted:
@@ -118,6 +121,8 @@ class Call:
         if self.accepted is None or not self.accepted.compat:
             return
         choice = delta.choice
+        if delta.finish_reason:
+            self.finished.add(choice)
         while len(self.chars) <= choice:
             self.token_ids.append([])
             self.chars.append(0)
@@ -140,7 +145,7 @@ class Call:
         self._frames = [Restarted()] if self.shown else []
         self._bytes = 0
         self.delivered = self.shown = self.overflowed = False
-        self.token_ids, self.chars = [], []
+        self.token_ids, self.chars, self.finished = [], [], set()
         self._wake()
 
     def fail(self, error: ModelBusError) -> None:

@@ -104,9 +104,6 @@ class Bus:
         self._last_error: Exception | None = None
         #: ``time.monotonic()`` of the last connect or reconnect.
         self.connected_at = 0.0
-        #: Seconds between the loss of the last connection and the reconnect.
-        self.away_s = 0.0
-        self._lost_at = 0.0
         #: Set when the connection is closed for good, by us or by an error that nats-py does not come back from.
         self.closed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,13 +191,11 @@ class Bus:
             log.warning("bus: %s", error)
 
     async def _on_disconnected(self) -> None:
-        self._lost_at = time.monotonic()
         if not self._nc.is_closed and self.connected_at:
             log.warning("bus: connection lost, reconnecting")
 
     async def _on_reconnected(self) -> None:
         self.connected_at = time.monotonic()
-        self.away_s = self.connected_at - (self._lost_at or self.connected_at)
         log.info("bus: reconnected to %s", self._nc.connected_url.netloc if self._nc.connected_url else "?")
         for callback in self._reconnect_callbacks:
             task = asyncio.create_task(self._run_callback(callback), name="bus-reconnected")

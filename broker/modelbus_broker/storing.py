@@ -5,6 +5,7 @@ Nobody waits for the stream's answer before going on: it comes to the publicatio
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
@@ -26,6 +27,9 @@ NOBODY_S = 0.1
 #: After a reconnect nothing is sent again for so long. A worker may have the request, or have answered it already while
 #: we were cut off, and says so first; a bus that was restarted would take it for a new one.
 HEAR_FIRST_S = 2.0
+
+#: So long a message that is withdrawn waits for the stream to say where it lies.
+WITHDRAW_S = 2.0
 
 #: A stream is at its limit of messages or bytes.
 _FULL = (10077, 10122, 10054, 10047)
@@ -49,10 +53,11 @@ class Publication:
         stream, seq: where the message lies, once ``stored``; seq 0 when only its frames say that it was stored.
         replaces: the lost run, whose message goes when this one is stored.
         withdrawn: nobody wants it any more: it goes as soon as it is known where it lies.
+        gone: done when it has gone, for who waits for that.
     """
 
     __slots__ = (
-        "answered", "error", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
+        "answered", "error", "gone", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
         "until", "withdrawn",
     )  # fmt: skip
 
@@ -78,6 +83,7 @@ class Publication:
         self.stream = ""
         self.seq = 0
         self.error: ModelBusError | None = None
+        self.gone: asyncio.Future[None] | None = None
 
     @property
     def open(self) -> bool:
@@ -160,19 +166,34 @@ class Storing:
     def forget(self, publication: Publication) -> None:
         """No longer listens for the stream's answer."""
         self._bus.forget_reply(publication.reply)
+        publication.reply = ""
 
     async def withdraw(self, publication: Publication) -> None:
-        """Takes the message out of the queue, now or as soon as it is stored."""
+        """Takes the message out of the queue. Where it lies may not be known yet: the stream has a while to say so."""
         publication.withdrawn = True
         if publication.stored:
             await self._remove(publication)
+        elif publication.open and publication.reply:
+            publication.gone = asyncio.get_running_loop().create_future()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WITHDRAW_S):
+                    await publication.gone
 
     async def _remove(self, publication: Publication) -> None:
         """Deletes the message. That it succeeds does not say that it was still queued."""
-        if not publication.seq:
-            return
         # Where that fails, the worker that pulls it is told to stop.
         with contextlib.suppress(ModelBusError):
-            await self._bus.js_request(
-                f"STREAM.MSG.DELETE.{publication.stream}", {"seq": publication.seq, "no_erase": True}
-            )
+            if publication.seq:
+                await remove_message(self._bus, publication.stream, publication.seq)
+        if publication.gone is not None and not publication.gone.done():
+            publication.gone.set_result(None)
+
+
+async def remove_message(bus: Bus, stream: str, seq: int) -> None:
+    """Deletes a message of a stream, whether it waits or was delivered.
+
+    Raises:
+        JetStreamError: it is not there.
+        BusUnavailable: the stream does not answer.
+    """
+    await bus.js_request(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})

@@ -48,6 +48,7 @@ def create_app(
             await registry.start()
             publisher = Publisher(connection, registry, kind="gateway", settings=publishing)
             stack.push_async_callback(publisher.close)
+            publisher.aborts.observe = metrics.aborted
             await publisher.start()
             watch = ClientWatch(
                 keep_alive_comment_s=settings.keep_alive_comment_s,

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+ABORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -40,6 +41,11 @@ class Metrics:
         self._first_token = Histogram(
             "modelbus_gateway_first_token_seconds", "From the request's head to the first output of a stream.", ["model"],
             buckets=LATENCY_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._abort = Histogram(
+            "modelbus_gateway_abort_seconds",
+            "From the moment a request that a worker has is cancelled to the worker's word that its engine has let go.",
+            ["model"], buckets=ABORT_BUCKETS, registry=self.registry,
         )  # fmt: skip
         self._tokens = Counter(
             "modelbus_gateway_tokens", "Tokens of completed answers: prompt, completion.", ["model", "kind"],
@@ -77,6 +83,9 @@ class Metrics:
         if histogram is None:
             histogram = self._first_children[model] = self._first_token.labels(model)
         histogram.observe(seconds)
+
+    def aborted(self, model: str, seconds: float) -> None:
+        self._abort.labels(model).observe(seconds)
 
     def tokens(self, model: str, usage: Usage) -> None:
         new = self._new_tokens.get(model)

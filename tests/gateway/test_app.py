@@ -18,8 +18,9 @@ from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateway.conftest import StartGateway, free_port
+from tests.gateway.conftest import StartGateway
 from tests.helpers.cluster import Cluster
+from tests.helpers.command_line import free_port
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}

@@ -125,12 +125,9 @@ class Intake:
         else:
             self._judge(request, pulled, 0)
 
-    def doubt(self, *, held: bool) -> None:
-        """Messages that come from now on may be with another worker too; with ``held`` so may those that are here."""
+    def doubt(self) -> None:
+        """Messages that come from now on may be with another worker too."""
         self._doubt_until = time.monotonic() + ACK_WAIT_S
-        if held:
-            for execution in self.executions.values():
-                execution.begin_doubt()
 
     def _held(self, request: Request) -> Execution | None:
         """The run of this very attempt that is here already."""
@@ -221,7 +218,7 @@ class Intake:
             try:
                 if self._has_to_wait(execution) and not await self._may_start(execution):
                     return
-                task = execution.request.task or await self._task_of(execution.request)
+                task = execution.request.task or await self._task_of(execution)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
@@ -277,15 +274,19 @@ class Intake:
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
         # A run that does not count, or is handed over, leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if owns else "")
+        ack_subject = pulled.ack_subject if owns else ""
+        self.ledger.book(event, ack_subject, publisher=execution.ring.publisher, since=execution.began)
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
 
-    async def _task_of(self, request: Request) -> Task:
+    async def _task_of(self, execution: Execution) -> Task:
+        request = execution.request
         if request.blob is None:
             raise PoisonRequest("the request has no task")
-        return decode_task(await get_blob(self.bus, request.blob))
+        body = await get_blob(self.bus, request.blob)
+        _check_time(execution)
+        return decode_task(body)
 
     # Before the engine gets it
 
@@ -314,6 +315,7 @@ class Intake:
         # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
         if again or request.background or request.idempotency_key:
             await self._count_start(request)
+        _check_time(execution)
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
@@ -445,6 +447,12 @@ class Intake:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_time(execution: Execution) -> None:
+    """Work whose time was up while it was being prepared is not started. Raises DeadlineExceeded."""
+    if asyncio.get_running_loop().time() > execution.deadline:
+        raise DeadlineExceeded("the time of the request was up before the engine could have it")
 
 
 def _nothing() -> None:

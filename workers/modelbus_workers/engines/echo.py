@@ -74,6 +74,7 @@ class EchoEngine(Engine):
     """Says what it was told, at the pace and with the failures that its parameters ask for."""
 
     name = "echo"
+    counts_steps = True
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
