@@ -51,9 +51,7 @@ def create_app(
             publisher.aborts.observe = metrics.aborted
             await publisher.start()
             watch = ClientWatch(
-                keep_alive_comment_s=settings.keep_alive_comment_s,
-                client_stall_s=settings.client_stall_s,
-                each_second=metrics.settle,
+                keep_alive_comment_s=settings.keep_alive_comment_s, client_stall_s=settings.client_stall_s
             )
             stack.push_async_callback(watch.close)
             await watch.start()

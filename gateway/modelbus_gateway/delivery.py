@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import ClientConnectionResetError, web
 from aiohttp.abc import AbstractStreamWriter
@@ -151,12 +151,9 @@ class JsonAnswer(web.Response):
 
 
 class ClientWatch:
-    """Looks after the open deliveries of one gateway. ``each_second`` is called about that often."""
+    """Looks after the open deliveries of one gateway."""
 
-    def __init__(
-        self, *, keep_alive_comment_s: float, client_stall_s: float, each_second: Callable[[], None]
-    ) -> None:
-        self._each_second = each_second
+    def __init__(self, *, keep_alive_comment_s: float, client_stall_s: float) -> None:
         self.open: set[Delivery] = set()
         self.stalled = 0  #: clients cut so far
         self._comment_s, self._stall_s = keep_alive_comment_s, client_stall_s
@@ -194,7 +191,6 @@ class ClientWatch:
         comments: set[asyncio.Task[None]] = set()
         while True:
             await asyncio.sleep(interval)
-            self._each_second()
             now = time.monotonic()
             for delivery in tuple(self.open):
                 if delivery.wrote:

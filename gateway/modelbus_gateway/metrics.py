@@ -22,7 +22,8 @@ class Metrics:
     """The numbers of one gateway.
 
     Label children are kept, because looking one up costs more than counting, and what only grows is added up here
-    and passed on by :meth:`settle`: a locked counter costs ten times a plain one, and every request has five.
+    and passed on when somebody reads: a locked counter costs ten times a plain one, and every request has five. Where
+    several processes count together any of them may be asked, or killed, so there each request is passed on at once.
 
     Args:
         running: says how many requests are being answered now.
@@ -64,6 +65,7 @@ class Metrics:
             registry=self.registry, multiprocess_mode="livemax",
         )  # fmt: skip
         self._running = running
+        self._shared = MULTIPROCESS_FOLDER in os.environ
         self._new_requests: dict[tuple[str, str, int], int] = {}
         self._new_tokens: dict[str, list[int]] = {}
         self._seconds_children: dict[tuple[str, str], Histogram] = {}
@@ -73,6 +75,8 @@ class Metrics:
         """``model`` is "" when the request named none that is deployed, so that labels stay few."""
         key = route, model, status
         self._new_requests[key] = self._new_requests.get(key, 0) + 1
+        if self._shared:
+            self._settle()
         histogram = self._seconds_children.get((route, model))
         if histogram is None:
             histogram = self._seconds_children[route, model] = self._seconds.labels(route, model)
@@ -94,8 +98,8 @@ class Metrics:
         new[0] += usage.prompt_tokens
         new[1] += usage.completion_tokens
 
-    def settle(self) -> None:
-        """Passes on what was added up. Once a second does: with several processes any of them answers for all."""
+    def _settle(self) -> None:
+        """Passes on what was added up."""
         requests, self._new_requests = self._new_requests, {}
         for (route, model, status), count in requests.items():
             self._requests.labels(route, model, status).inc(count)
@@ -115,8 +119,8 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads: of all processes, when there are several."""
-        self.settle()
-        if MULTIPROCESS_FOLDER not in os.environ:
+        self._settle()
+        if not self._shared:
             return generate_latest(self.registry)
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]

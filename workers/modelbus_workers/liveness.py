@@ -141,6 +141,8 @@ class Liveness:
             return
         now = time.monotonic()
         for execution in list(self._worker.executions.values()):
+            if execution.state == "held" and execution.asks:
+                continue  # it asks itself, and ends the message when nobody is there
             silent = now - self._silent_since.get(execution.ring.publisher, now)
             if silent > grace_s(execution.request, self._orphan_grace_s):
                 # Not cancelled: a publisher that was only cut off has another worker go on. Of one that is really
