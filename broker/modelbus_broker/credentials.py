@@ -225,7 +225,8 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 f"$O.{names.BLOBS}.>",
                 f"$KV.{names.BUCKET_RUNS}.>",
                 f"$KV.{names.BUCKET_IDEMPOTENCY}.>",
-                *_inboxes("worker"),  # answers to alive messages
+                # Answers to alive messages, and of a publisher to whoever cancels a request of its.
+                *_inboxes("admin", "client", "worker"),
             ]
             return publish, [
                 f"{inbox_prefix(role)}.>",

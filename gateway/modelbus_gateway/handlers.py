@@ -8,11 +8,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from aiohttp import web
-from modelbus.answers import AnswerBuilder
+from modelbus.answers import AnswerBuilder, collect
 from modelbus_broker import names, topology
-from modelbus_broker.calls import Call
+from modelbus_broker.calls import Answer, Call
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound, StreamCut
+from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound
 from modelbus_broker.messages import Done
 from modelbus_broker.publisher import CallOptions, Publisher
 from modelbus_broker.registry import Registry
@@ -22,6 +22,7 @@ from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
+from .relay import relay
 from .settings import GatewaySettings
 from .translate import (
     CHAT_BODY,
@@ -191,30 +192,32 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def _stream(
-    gateway: Gateway, request: web.Request, call: Call, encode: Callable[[list[object]], bytes]
+    gateway: Gateway, request: web.Request, call: Call, encode: Callable[[list[Answer]], bytes]
 ) -> web.StreamResponse:
     """Streams an answer. Until its first byte is out an error is an ordinary response; later it is the last event.
 
     ``[DONE]`` comes only after a complete answer, so a cut one never looks finished.
     """
     exchange = request[EXCHANGE]
-    begun, done = False, None
+    begun = False
+    done: Done | None = None
     with gateway.watch.event_stream(request, exchange.headers) as delivery:
         try:
             async with call:
-                async for batch in call.batches():
-                    data = encode(batch)  # type: ignore[arg-type]  # a list that is only read
+                while done is None:
+                    if delivery.takes_more:
+                        done = await relay(call, delivery, encode)
+                        continue
+                    batch = await call.batch()
+                    data = encode(batch)
+                    if type(last := batch[-1]) is Done:
+                        done = last
                     if not data:
                         continue
                     if not begun:
                         begun = True
                         gateway.metrics.first_token(exchange.model, time.monotonic() - exchange.started)
                     await delivery.write(data)
-                    last = batch[-1]
-                    if isinstance(last, Done):
-                        done = last
-            if done is None:
-                raise StreamCut()
         except ModelBusError as error:
             if not delivery.begun:
                 raise
@@ -227,14 +230,8 @@ async def _stream(
 
 
 async def _collect(gateway: Gateway, call: Call) -> AnswerBuilder:
-    answer = AnswerBuilder()
-    async with call:
-        async for batch in call.batches():
-            for frame in batch:
-                answer.add(frame)
-    if answer.done is None:
-        raise StreamCut()
-    gateway.metrics.tokens(call.model, answer.done.usage)
+    answer = await collect(call)
+    gateway.metrics.tokens(call.model, answer.usage)
     return answer
 
 

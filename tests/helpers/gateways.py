@@ -1,55 +1,59 @@
-"""Gateway processes for system tests: they keep their port over a restart, and write a log."""
+"""Gateways as processes."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
+import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import aiohttp
+import psutil
 
-from .bus_nodes import free_ports
+from tests.helpers.command_line import free_port
 
 
 class GatewayProcess:
-    """``python -m modelbus_gateway`` on a port of its own, as often as it is started."""
+    """One ``python -m modelbus_gateway``."""
 
-    def __init__(self, bus_url: str, log_file: Path, *arguments: str) -> None:
-        (self.port,) = free_ports(1)
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log_file = log_file
-        self._command = [sys.executable, "-m", "modelbus_gateway", "--port", str(self.port), "--address", bus_url]
-        self._command += arguments
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "modelbus_gateway", "--port", str(self.port), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})},
+        )  # fmt: skip
 
-    def start(self) -> None:
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    async def ready(self) -> None:
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 30)
+        assert self.url in line
 
-    async def ready(self, timeout_s: float = 60.0) -> None:
-        """Until it takes requests for at least one model."""
-        async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
-            while True:
-                try:
-                    async with session.get(f"{self.url}/health/ready") as response:
-                        if response.status == 200 and (await response.json())["models"]:
-                            return
-                except aiohttp.ClientError:
-                    pass
-                assert self.process is not None and self.process.poll() is None, self.log_file.read_text()
-                await asyncio.sleep(0.05)
+    async def ended(self) -> tuple[int, str]:
+        """Exit status and what it wrote on standard error."""
+        _, words = await asyncio.to_thread(self.process.communicate, timeout=30)
+        return self.process.returncode, words
 
-    def send_signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
+    def children(self) -> list[psutil.Process]:
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
-    async def ended(self, timeout_s: float = 60.0) -> int:
-        assert self.process is not None
-        return await asyncio.to_thread(self.process.wait, timeout_s)
 
-    async def close(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            await self.ended()
+#: Starts a gateway with arguments of the command line.
+Start = Callable[..., GatewayProcess]
+
+
+@contextmanager
+def started_gateways() -> Iterator[Start]:
+    """A way to start gateways that end with the context."""
+    started: list[GatewayProcess] = []
+
+    def start_one(*arguments: str, environment: dict[str, str] | None = None) -> GatewayProcess:
+        started.append(GatewayProcess(*arguments, environment=environment))
+        return started[-1]
+
+    yield start_one
+    for gateway in started:
+        if gateway.process.poll() is None:
+            gateway.process.kill()
+        gateway.process.communicate()

@@ -27,7 +27,7 @@ from tests.helpers.asking import begun, chat, read, settled
 from tests.helpers.audit import audit
 from tests.helpers.bus_nodes import BusNodes
 from tests.helpers.cluster import Cluster
-from tests.helpers.gateways import GatewayProcess
+from tests.helpers.gateway_replicas import GatewayReplica
 from tests.helpers.http_asking import Clients
 from tests.helpers.link import Link
 
@@ -43,7 +43,7 @@ async def later_attempts(bus: Bus) -> int:
 class Load:
     """Clients of a gateway that ask without a pause until told to stop."""
 
-    def __init__(self, gateway: GatewayProcess, seed: str) -> None:
+    def __init__(self, gateway: GatewayReplica, seed: str) -> None:
         self._stopping = False
         self.clients = Clients(
             [gateway.url], seed=seed, count=0, clients=16, words=(10, 40), go_on=lambda: not self._stopping
@@ -65,16 +65,16 @@ class Load:
 
 
 @pytest.fixture
-async def gateways(tmp_path: Path) -> AsyncIterator[list[GatewayProcess]]:
+async def gateways(tmp_path: Path) -> AsyncIterator[list[GatewayReplica]]:
     """Those that a test puts in here are ended."""
-    started: list[GatewayProcess] = []
+    started: list[GatewayReplica] = []
     yield started
     for gateway in started:
         await gateway.close()
 
 
-async def served(gateways: list[GatewayProcess], bus_url: str, folder: Path) -> GatewayProcess:
-    gateway = GatewayProcess(bus_url, folder / "gateway.log", "--log-level", "warning")
+async def served(gateways: list[GatewayReplica], bus_url: str, folder: Path) -> GatewayReplica:
+    gateway = GatewayReplica(bus_url, folder / "gateway.log", "--log-level", "warning")
     gateways.append(gateway)
     gateway.start()
     await gateway.ready()
@@ -92,7 +92,7 @@ async def right_at_the_end(bus: Bus, clients: Clients) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_restart_of_the_bus_loses_nothing_repeats_nothing_and_doubts_no_worker(
-    cluster: Cluster, gateways: list[GatewayProcess], tmp_path: Path, how: signal.Signals
+    cluster: Cluster, gateways: list[GatewayReplica], tmp_path: Path, how: signal.Signals
 ) -> None:
     await cluster.deploy_echo(workers=2, slots="64", interval_ms="20")
     load = Load(await served(gateways, cluster.server.url, tmp_path), f"restart {how}")
@@ -112,7 +112,7 @@ async def test_a_restart_of_the_bus_loses_nothing_repeats_nothing_and_doubts_no_
 
 @pytest.mark.timeout(300)
 async def test_what_runs_goes_on_when_the_bus_is_away_longer_than_the_ack_wait(
-    cluster: Cluster, gateways: list[GatewayProcess], tmp_path: Path
+    cluster: Cluster, gateways: list[GatewayReplica], tmp_path: Path
 ) -> None:
     await cluster.deploy_echo(workers=2, slots="64", interval_ms="300")
     load = Load(await served(gateways, cluster.server.url, tmp_path), "long")
@@ -256,7 +256,7 @@ async def replicated(nodes: BusNodes, tmp_path: Path) -> AsyncIterator[Cluster]:
 
 @pytest.mark.timeout(400)
 async def test_the_loss_of_the_leader_of_three_loses_nothing_and_repeats_nothing(
-    replicated: Cluster, nodes: BusNodes, gateways: list[GatewayProcess], tmp_path: Path
+    replicated: Cluster, nodes: BusNodes, gateways: list[GatewayReplica], tmp_path: Path
 ) -> None:
     await replicated.deploy_echo(workers=2, slots="64", interval_ms="20")
     load = Load(await served(gateways, nodes.url, tmp_path), "leader")
@@ -278,7 +278,7 @@ async def test_the_loss_of_the_leader_of_three_loses_nothing_and_repeats_nothing
 
 @pytest.mark.timeout(300)
 async def test_three_servers_that_are_all_started_again_go_on(
-    replicated: Cluster, nodes: BusNodes, gateways: list[GatewayProcess], tmp_path: Path
+    replicated: Cluster, nodes: BusNodes, gateways: list[GatewayReplica], tmp_path: Path
 ) -> None:
     await replicated.deploy_echo(workers=2, slots="64", interval_ms="20")
     load = Load(await served(gateways, nodes.url, tmp_path), "all three")

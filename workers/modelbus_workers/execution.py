@@ -32,6 +32,9 @@ from .outbox import Outbox, Ring
 log = logging.getLogger(__name__)
 
 VECTOR_FRAME_BYTES = 512 << 10
+#: A request with less time left than this has a timer of its own.
+TIMER_S = 30.0
+_FRAMES_BEFORE_OUTPUT = 2
 
 
 class Execution:
@@ -43,11 +46,10 @@ class Execution:
         counts: False once another run of the request counts: it says nothing more and never acknowledges.
         handed_over: another worker goes on; its publisher, and not this worker, lets the message go.
         asks: it waits for its publisher's word before it starts.
-        doubt: set while another run may count without our knowing: it does not end before its publisher was heard.
     """
 
     __slots__ = (
-        "asks", "began", "cancelled", "counts", "deadline", "doubt", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
+        "asks", "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
         "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
@@ -70,9 +72,13 @@ class Execution:
         self.failure = ""  #: the error that it ended with, in words
         self.counts = True
         self.asks = False
-        self.doubt: asyncio.Event | None = None
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """More than `accepted` and `started` has been said."""
+        return self.seq > _FRAMES_BEFORE_OUTPUT
 
     def next_seq(self) -> int:
         seq = self.seq
@@ -80,8 +86,8 @@ class Execution:
         return seq
 
     def stop(self, reason: str) -> None:
-        """Aborts the engine's work."""
-        if self.state != "ended":
+        """Aborts the engine's work, once: an engine that takes its time to let go is not disturbed in that."""
+        if self.state != "ended" and not self.cancelled:
             self.cancelled, self.stop_reason = True, reason
             # A task that is cancelled before its first step never enters its own code, and would not end the run.
             if self.task is not None and self.entered:
@@ -89,7 +95,7 @@ class Execution:
 
     def expire(self) -> None:
         """The request's time is up."""
-        self.expired = True
+        self.expired = not self.cancelled
         self.stop("its time is up")
 
     def hand_over(self, why: str = "its worker was stopped") -> None:
@@ -104,17 +110,6 @@ class Execution:
         if self.go is not None and not self.go.done():
             self.go.set_result(False)
         self.stop("another run of the request counts")
-
-    def begin_doubt(self) -> None:
-        """We stood still, or were cut off: the run may have been given up for lost."""
-        if self.doubt is None:
-            self.doubt = asyncio.Event()
-
-    def end_doubt(self) -> None:
-        """Its publisher, which was asked since, has not said that another run counts."""
-        if self.doubt is not None:
-            self.doubt.set()
-            self.doubt = None
 
     def stopped(self) -> tuple[ModelBusError, str]:
         """What a run that was stopped says, and its outcome."""
@@ -138,12 +133,13 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
     outcome, retry = "failed", False
-    # A plain timer costs a third of asyncio.timeout_at.
-    timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
+    # A timer only where the liveness loop, which looks at all deadlines, would be late by much.
+    timer = None
+    loop = asyncio.get_running_loop()
+    if execution.deadline - loop.time() < TIMER_S:
+        timer = loop.call_at(execution.deadline, execution.expire)
     try:
         finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
-        if execution.doubt is not None:
-            await execution.doubt.wait()
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise
@@ -171,7 +167,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
             )
         return finished.usage, "done", ""
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
     execution.state = "ended"
     execution.failure = error.message
     spent = usage.usage()

@@ -87,6 +87,7 @@ class Intake:
         self.pause: Callable[[str, float], Awaitable[None]] = _no_pause
         self.total = self.failed = 0
         self.last_work_ms = 0
+        self._loop = asyncio.get_running_loop()
         self.pulse: Callable[[], float] = time.monotonic
         self.reach: Callable[[str], Awaitable[bool]] = _nobody
         self._doubt_until = 0.0
@@ -124,12 +125,9 @@ class Intake:
         else:
             self._judge(request, pulled, 0)
 
-    def doubt(self, *, held: bool) -> None:
-        """Messages that come from now on may be with another worker too; with ``held`` so may those that are here."""
+    def doubt(self) -> None:
+        """Messages that come from now on may be with another worker too."""
         self._doubt_until = time.monotonic() + ACK_WAIT_S
-        if held:
-            for execution in self.executions.values():
-                execution.begin_doubt()
 
     def _held(self, request: Request) -> Execution | None:
         """The run of this very attempt that is here already."""
@@ -165,7 +163,7 @@ class Intake:
         match decision.action:
             case "run" | "run_alone":
                 left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
-                deadline = asyncio.get_running_loop().time() + left_s
+                deadline = self._loop.time() + left_s
                 self._accept(request, pulled, deadline, alone=decision.action == "run_alone")
             case "give_back":
                 delay_ns = decision.delay_ms * 1_000_000
@@ -209,7 +207,7 @@ class Intake:
             self._others_gone.clear()
             if len(self.executions) == 1:
                 self._others_gone.set()
-        execution.task = asyncio.create_task(self._run(execution))
+        execution.task = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
         usage, outcome, code = Usage(), "cancelled", "request_cancelled"
@@ -218,9 +216,9 @@ class Intake:
             if execution.cancelled:
                 raise asyncio.CancelledError
             try:
-                if not await self._may_start(execution):
+                if self._has_to_wait(execution) and not await self._may_start(execution):
                     return
-                task = await self._task_of(execution.request)
+                task = execution.request.task or await self._task_of(execution)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
@@ -276,19 +274,27 @@ class Intake:
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
         # A run that does not count, or is handed over, leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if owns else "")
+        ack_subject = pulled.ack_subject if owns else ""
+        self.ledger.book(event, ack_subject, publisher=execution.ring.publisher, since=execution.began)
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
 
-    async def _task_of(self, request: Request) -> Task:
-        if request.task is not None:
-            return request.task
+    async def _task_of(self, execution: Execution) -> Task:
+        request = execution.request
         if request.blob is None:
             raise PoisonRequest("the request has no task")
-        return decode_task(await get_blob(self.bus, request.blob))
+        body = await get_blob(self.bus, request.blob)
+        _check_time(execution)
+        return decode_task(body)
 
     # Before the engine gets it
+
+    def _has_to_wait(self, execution: Execution) -> bool:
+        """Something is to be done before the run may start; False for most."""
+        request = execution.request
+        kept = request.background or request.idempotency_key
+        return bool(kept) or execution.asks or self._alone is execution
 
     async def _may_start(self, execution: Execution) -> bool:
         """Waits until the run may start; False when another run counts.
@@ -309,6 +315,7 @@ class Intake:
         # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
         if again or request.background or request.idempotency_key:
             await self._count_start(request)
+        _check_time(execution)
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
@@ -401,7 +408,7 @@ class Intake:
 
     async def _bury_unreadable(self, pulled: Pulled, why: str) -> None:
         """The same for a message that is no request; its id is read off its headers, where they have one."""
-        request_id, _, attempt = (pulled.headers or {}).get("Nats-Msg-Id", "").rpartition(".")
+        request_id, _, attempt = pulled.headers.get("Nats-Msg-Id", "").rpartition(".")
         letter = DeadLetter(
             id=request_id,
             model=self.deployment.model,
@@ -440,6 +447,12 @@ class Intake:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_time(execution: Execution) -> None:
+    """Work whose time was up while it was being prepared is not started. Raises DeadlineExceeded."""
+    if asyncio.get_running_loop().time() > execution.deadline:
+        raise DeadlineExceeded("the time of the request was up before the engine could have it")
 
 
 def _nothing() -> None:

@@ -36,6 +36,8 @@ from .publisher import (
     Accepted,
     Alive,
     AliveReply,
+    Cancel,
+    Cancelled,
     Delta,
     Done,
     Failed,
@@ -51,6 +53,8 @@ from .publisher import (
     Vectors,
     decode_alive,
     decode_alive_reply,
+    decode_cancel,
+    decode_cancelled,
     decode_frames,
 )
 from .registry import (
@@ -84,13 +88,13 @@ from .worker import (
 )
 
 __all__ = [
-    "GPU", "TERMINAL", "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef",
-    "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
+    "GPU", "TERMINAL", "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel",
+    "Cancelled", "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
     "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "Frame", "FunctionCall", "Go",
     "ImagePart", "ImageURL", "Lane", "LetGo", "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request",
     "Resend", "Role", "Row", "RunState", "Sampling", "StartFailure", "Started", "Stop", "Task", "TextPart",
     "TokenLogprob", "ToolCall", "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord",
-    "decode_alive", "decode_alive_reply", "decode_claim", "decode_control", "decode_dead_letter",
+    "decode_alive", "decode_alive_reply", "decode_cancel", "decode_cancelled", "decode_claim", "decode_control", "decode_dead_letter",
     "decode_deployment", "decode_frames", "decode_node", "decode_request", "decode_start_failure", "decode_task",
     "decode_usage_events", "decode_worker", "encode", "encode_list", "to_json",
 ]  # fmt: skip

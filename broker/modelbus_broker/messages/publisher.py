@@ -150,6 +150,7 @@ class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
 
     stop: list[str] = []  #: keys (``names.run_key``) of runs that nobody wants
     confirmed: list[str] = []  #: keys of runs whose last frame has come: the ring may forget them
+    let_go: list[str] = []  #: keys of runs in whose place another one counts: no frame, no ack, their usage is waste
 
 
 class FindRun(Message, frozen=True, kw_only=True, tag="find"):
@@ -158,6 +159,23 @@ class FindRun(Message, frozen=True, kw_only=True, tag="find"):
     id: str
 
 
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """On ``mb.ctl.<publisher>``: take this request back; whoever waits for it gets ``request_cancelled``."""
+
+    id: str
+
+
+class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
+    """What became of a request that was to be cancelled, said by its publisher, or by the worker that had it."""
+
+    id: str
+    was: Literal["running", "held", "queued", "unknown"]
+    worker: str = ""  #: that had it
+    stopped: bool = False  #: nothing of it runs any more; False: it was told to stop and has not said that it did
+
+
 decode_frames = msgspec.msgpack.Decoder(list[Frame]).decode
 decode_alive = msgspec.msgpack.Decoder(Alive).decode
 decode_alive_reply = msgspec.msgpack.Decoder(AliveReply).decode
+decode_cancel = msgspec.msgpack.Decoder(Cancel).decode
+decode_cancelled = msgspec.msgpack.Decoder(Cancelled).decode

@@ -12,7 +12,7 @@ from modelbus_broker.registry import Registry
 
 from tests.helpers.bus_nodes import BusNodes
 from tests.helpers.cluster import Cluster, WorkerProcess
-from tests.helpers.gateways import GatewayProcess
+from tests.helpers.gateway_replicas import GatewayReplica
 
 MODEL = "echo"
 DEPLOYMENT = Deployment(
@@ -34,7 +34,7 @@ class Stage:
         self.folder = folder
         self.nodes = BusNodes(folder)
         self.workers: list[WorkerProcess] = []
-        self.gateways: list[GatewayProcess] = []
+        self.gateways: list[GatewayReplica] = []
         self.bus: Bus
         self.registry: Registry
         self._cluster: Cluster
@@ -65,7 +65,7 @@ class Stage:
         self.workers = [self._cluster.start_worker(DEPLOYMENT, replica=n) for n in range(workers)]
         await self._cluster.wait_ready(MODEL, workers, timeout_s=60)
         for number in range(gateways):
-            gateway = GatewayProcess(
+            gateway = GatewayReplica(
                 self.nodes.url, self.folder / f"gateway-{number}.log", "--shutdown-grace", "2", "--log-level", "warning"
             )
             self.gateways.append(gateway)
