@@ -103,9 +103,14 @@ class Ledger:
     def disown(self, run_key: str) -> None:
         """Another run counts in place of this one, says its publisher: what it used is waste, its message is not ours."""
         entry = self._doubtful.pop(run_key, None)
-        if entry is not None:
-            self.waiting.discard(entry.ack_subject)
-            self.book(msgspec.structs.replace(entry.event, outcome="waste"), "")
+        if entry is None:  # the answer came before anybody had looked at it here
+            found = [e for e in self._ended if names.run_key(e.event.id, e.event.run) == run_key]
+            if not found:
+                return
+            entry = found[0]
+            self._ended.remove(entry)
+        self.waiting.discard(entry.ack_subject)
+        self.book(msgspec.structs.replace(entry.event, outcome="waste"), "")
 
     async def _run(self) -> None:
         while True:
