@@ -20,7 +20,7 @@ from . import names
 from .blobs import get_blob
 from .buckets import Bucket
 from .calls import Call
-from .connection import Msg, NoResponders, status_of
+from .connection import Msg, NoResponders
 from .errors import (
     AnswerNotKept,
     BusUnavailable,
@@ -324,7 +324,7 @@ class _Pursuit:
         heard = asyncio.Event()
 
         def take(msg: Msg) -> None:
-            if status_of(msg) != "503":
+            if msg.status != "503":
                 with contextlib.suppress(msgspec.MsgspecError):
                     answers.append(decode_found(msg.data))
             heard.set()

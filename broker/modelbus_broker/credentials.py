@@ -226,8 +226,8 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 f"$O.{names.BLOBS}.>",
                 f"$KV.{names.BUCKET_RUNS}.>",
                 f"$KV.{names.BUCKET_IDEMPOTENCY}.>",
-                # Answers to alive messages, and to publishers that take a request over.
-                *_inboxes("worker", "client", "admin"),
+                # Answers to alive messages, to publishers that take a request over, and to whoever cancels one.
+                *_inboxes("admin", "client", "worker"),
             ]
             return publish, [
                 f"{inbox_prefix(role)}.>",

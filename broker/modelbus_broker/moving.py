@@ -12,11 +12,8 @@ import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from .connection import Msg
 from .errors import ModelBusError, StreamMoved
-from .messages import Accepted, Adopt, Held, decode_control, encode
+from .messages import Accepted, Adopt, Held
 
 if TYPE_CHECKING:
     from .calls import Call
@@ -56,16 +53,6 @@ class Moving:
         """What to tell a worker that has begun with a request which was given up while it was queued."""
         to = self._gone[accepted.id]
         return Adopt(id=accepted.id, run=accepted.run, publisher=to, of=self._publisher.id) if to else None
-
-    def on_control(self, msg: Msg) -> None:
-        """Someone asks for a request of ours."""
-        try:
-            message = decode_control(msg.data)
-        except msgspec.MsgspecError as error:
-            log.warning("a control message cannot be decoded: %s", error)
-            return
-        if isinstance(message, Adopt) and msg.reply:
-            self._publisher.send(msg.reply, encode(self.give(message)))
 
     def give(self, adopt: Adopt) -> Held:
         """Gives a request up, if it is here and may be taken, and says what is known of it."""

@@ -34,7 +34,8 @@ def create_app(
     Raises:
         BusUnavailable, AuthenticationFailed: at startup, when the bus cannot be reached or knows no streams.
     """
-    metrics, traffic = Metrics(), Traffic()
+    traffic = Traffic()
+    metrics = Metrics(lambda: traffic.running)
     app = web.Application(middlewares=[edge(settings, metrics, traffic)], client_max_size=settings.max_body_bytes)
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -48,6 +49,7 @@ def create_app(
             guarantees = publishing or PublisherSettings(orphan_grace_s=settings.orphan_grace_s)
             publisher = Publisher(connection, registry, kind="gateway", settings=guarantees)
             stack.push_async_callback(publisher.close)
+            publisher.aborts.observe = metrics.aborted
             await publisher.start()
             watch = ClientWatch(
                 keep_alive_comment_s=settings.keep_alive_comment_s,

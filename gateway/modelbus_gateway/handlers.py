@@ -8,12 +8,12 @@ from importlib.metadata import version
 
 import msgspec
 from aiohttp import web
-from modelbus.answers import AnswerBuilder
+from modelbus.answers import AnswerBuilder, collect
 from modelbus_broker import names, topology
 from modelbus_broker.attaching import Attaching
 from modelbus_broker.calls import Call
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound, StreamCut
+from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound
 from modelbus_broker.messages import Done
 from modelbus_broker.once import Once
 from modelbus_broker.publisher import CallOptions, Publisher
@@ -25,6 +25,7 @@ from .event_ids import EventId, read_event_id
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
+from .relay import relay
 from .resuming import Encode, Kind, Rest, View, last_event, read_view, view_text
 from .settings import GatewaySettings
 from .translate import (
@@ -268,7 +269,8 @@ async def _stream(
         last = read_event_id(header, "Last-Event-ID")
     if last is not None:
         encode = Rest(encode, last).events
-    begun, done = False, None
+    begun = False
+    done: Done | None = None
     with gateway.watch.event_stream(request, exchange.headers) as delivery:
         try:
             async with call:
@@ -277,19 +279,20 @@ async def _stream(
                     if not call.attached:
                         await call.stored()
                     await delivery.begin()
-                async for batch in call.batches():
+                while done is None:
+                    if begun and delivery.takes_more:
+                        done = await relay(call, delivery, encode)
+                        continue
+                    batch = await call.batch()
                     data = encode(batch)
+                    if type(end := batch[-1]) is Done:
+                        done = end
                     if not data:
                         continue
                     if not begun:
                         begun = True
                         gateway.metrics.first_token(exchange.model, time.monotonic() - exchange.started)
                     await delivery.write(data)
-                    end = batch[-1]
-                    if isinstance(end, Done):
-                        done = end
-            if done is None:
-                raise StreamCut()
         except ModelBusError as error:
             if not delivery.begun:
                 raise
@@ -303,15 +306,9 @@ async def _stream(
 
 
 async def _collect(gateway: Gateway, call: Call) -> AnswerBuilder:
-    answer = AnswerBuilder()
-    async with call:
-        async for batch in call.batches():
-            for frame in batch:
-                answer.add(frame)
-    if answer.done is None:
-        raise StreamCut()
+    answer = await collect(call)
     if not call.attached:
-        gateway.metrics.tokens(call.model, answer.done.usage)
+        gateway.metrics.tokens(call.model, answer.usage)
     return answer
 
 

@@ -17,9 +17,10 @@ from modelbus_broker.messages import KeyRecord, encode
 from modelbus_broker.once import body_hash, record_key
 from modelbus_gateway.translate import CHAT_BODY, translate_chat
 
-from tests.gateway.conftest import GatewayProcess, Start, StartGateway
+from tests.gateway.conftest import StartGateway
 from tests.helpers.asking import outcomes, settled
 from tests.helpers.cluster import Cluster
+from tests.helpers.gateways import GatewayProcess, Start
 from tests.helpers.streams import all_events, shown, some_events, text_of
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

@@ -13,9 +13,10 @@ import pytest
 from modelbus_broker.names import new_publisher_id, new_request_id
 from modelbus_gateway.event_ids import read_event_id
 
-from tests.gateway.conftest import GatewayProcess, Start, StartGateway
+from tests.gateway.conftest import StartGateway
 from tests.helpers.asking import outcomes, settled
 from tests.helpers.cluster import Cluster
+from tests.helpers.gateways import GatewayProcess, Start
 from tests.helpers.streams import Event, all_events, next_event, shown, some_events, text_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -34,6 +35,7 @@ async def asked(
     gateway: GatewayProcess | str,
     body: dict[str, Any] = ASKED,
     path: str = CHAT,
+    /,
     **headers: str,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     url = gateway if isinstance(gateway, str) else gateway.url

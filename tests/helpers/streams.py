@@ -42,7 +42,7 @@ async def next_event(response: aiohttp.ClientResponse) -> Event | None:
 
 async def some_events(response: aiohttp.ClientResponse, count: int) -> list[Event]:
     """The next events; fails when there are not so many."""
-    found = []
+    found: list[Event] = []
     while len(found) < count:
         event = await next_event(response)
         assert event is not None, f"the stream ended after {found}"

@@ -38,6 +38,8 @@ from .publisher import (
     Accepted,
     Alive,
     AliveReply,
+    Cancel,
+    Cancelled,
     Delta,
     Done,
     Failed,
@@ -55,10 +57,12 @@ from .publisher import (
     Vectors,
     decode_alive,
     decode_alive_reply,
+    decode_cancelled,
     decode_find,
     decode_found,
     decode_frames,
     decode_held,
+    decode_publisher_control,
 )
 from .registry import (
     GPU,
@@ -91,15 +95,15 @@ from .worker import (
 )
 
 __all__ = [
-    "GPU", "TERMINAL", "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef",
-    "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta",
-    "Deployment", "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "FoundRun",
-    "Frame", "FunctionCall", "Go", "Held", "ImagePart", "ImageURL", "KeptAnswer", "KeyRecord", "Lane", "LetGo",
+    "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
+    "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
+    "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "FoundRun", "Frame",
+    "FunctionCall", "GPU", "Go", "Held", "ImagePart", "ImageURL", "KeptAnswer", "KeyRecord", "Lane", "LetGo",
     "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request", "Resend", "Role", "Row", "RunState",
-    "Sampling", "StartFailure", "Started", "Stop", "Task", "TextPart", "TokenLogprob", "ToolCall",
+    "Sampling", "StartFailure", "Started", "Stop", "TERMINAL", "Task", "TextPart", "TokenLogprob", "ToolCall",
     "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord", "decode_alive",
-    "decode_alive_reply", "decode_claim", "decode_control", "decode_dead_letter", "decode_deployment",
-    "decode_find", "decode_found", "decode_frames", "decode_held", "decode_kept_answer", "decode_key_record",
-    "decode_node", "decode_request", "decode_start_failure", "decode_task", "decode_usage_events",
-    "decode_worker", "encode", "encode_list", "to_json",
+    "decode_alive_reply", "decode_cancelled", "decode_claim", "decode_control", "decode_dead_letter",
+    "decode_deployment", "decode_find", "decode_found", "decode_frames", "decode_held", "decode_kept_answer",
+    "decode_key_record", "decode_node", "decode_publisher_control", "decode_request", "decode_start_failure", "decode_task",
+    "decode_usage_events", "decode_worker", "encode", "encode_list", "to_json",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from .base import Message, Row
-from .worker import Request
+from .worker import Adopt, Request
 
 FinishReason = Literal["", "stop", "length", "tool_calls", "content_filter", "function_call"]
 
@@ -58,6 +58,7 @@ class Accepted(Row, frozen=True, kw_only=True, tag="a"):
     position: int = 0  #: output tokens that the run starts from, over all choices
     compat: str = ""
     delivery: int = 1
+    asks: bool = False  #: it waits for ``go`` or ``let_go`` before it starts
     continues: str = ""  #: the run that this one goes on from; "" begins at the beginning
     starts: list[list[int]] = []  #: then, per choice: tokens and characters of the runs before
     view: str = ""  #: of the request
@@ -153,6 +154,7 @@ class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
 
     stop: list[str] = []  #: keys (``names.run_key``) of runs that nobody wants
     confirmed: list[str] = []  #: keys of runs whose last frame has come: the ring may forget them
+    let_go: list[str] = []  #: keys of runs in whose place another one counts: no frame, no ack, their usage is waste
 
 
 class FindRun(Message, frozen=True, kw_only=True, tag="find"):
@@ -186,6 +188,19 @@ class Held(Message, frozen=True, kw_only=True, tag="held"):
     run: str = ""  #: that counts, "" while none is known
     left_ms: int = 0  #: until its deadline
     request: Request | None = None  #: as published last
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """On ``mb.ctl.<publisher>``: take this request back; whoever waits for it gets ``request_cancelled``."""
+
+    id: str
+
+
+class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
+    """What became of a request that was to be cancelled, said by its publisher, or by the worker that had it."""
+
+    id: str
+    was: Literal["running", "held", "queued", "unknown"]
+    worker: str = ""  #: that had it
+    stopped: bool = False  #: nothing of it runs any more; False: it was told to stop and has not said that it did
 
 
 decode_frames = msgspec.msgpack.Decoder(list[Frame]).decode
@@ -194,3 +209,6 @@ decode_alive_reply = msgspec.msgpack.Decoder(AliveReply).decode
 decode_find = msgspec.msgpack.Decoder(FindRun).decode
 decode_found = msgspec.msgpack.Decoder(FoundRun).decode
 decode_held = msgspec.msgpack.Decoder(Held).decode
+#: What a publisher receives on ``mb.ctl.<publisher>``.
+decode_publisher_control = msgspec.msgpack.Decoder(Cancel | Adopt).decode
+decode_cancelled = msgspec.msgpack.Decoder(Cancelled).decode

@@ -64,7 +64,8 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
-    """Abort this request: nobody wants its answer."""
+    """Abort this request: nobody wants its answer. Who sends it to all workers, with a reply subject, hears from the
+    one that has it: a ``Cancelled`` at once, and another when its engine has let go."""
 
     id: str
     run: str = ""  #: only this run; "" = every run of the id

@@ -36,6 +36,7 @@ class TransformersEngine(Engine):
     """Chat and completion from a safetensors folder or a GGUF file; embeddings from a sentence-transformers folder."""
 
     name: ClassVar[str] = "transformers"
+    counts_steps: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     extra: ClassVar[str] = "transformers"
 
