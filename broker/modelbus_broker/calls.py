@@ -83,8 +83,9 @@ class Call:
         """Takes a frame that came from the bus, if it counts."""
         if self.over:
             return Verdict.DROP
-        if self._frames and self._bytes + size > WAITING_LIMIT:
+        if self._frames and self._bytes + size > WAITING_LIMIT and not self.overflowed:
             self.overflowed = True
+            self._wake()  # a reader that waits, with nothing but `started` here, asks for the rest
         if self.overflowed and frame.run == self.reception.run:
             return Verdict.DROP
         verdict = self.reception.offer(frame)
