@@ -7,15 +7,17 @@ and then the later one publishes the same message.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
+import time
 
 import msgspec
 
 from . import names
 from .attaching import Attaching
-from .buckets import Bucket
+from .buckets import Bucket, Entry
 from .calls import Call
 from .errors import AnswerNotKept, BusUnavailable, Conflict, KeyReused, ModelBusError, StreamMoved, StreamNotResumable
 from .messages import KeyRecord, Request, Task, decode_key_record, encode
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: How long the answer to a key is kept.
 KEPT_S = 24 * 3600
+#: Between two tries to write a record.
+AGAIN_S = 0.2
 
 
 def record_key(tenant: str, key: str) -> str:
@@ -59,25 +63,34 @@ class Once:
             options, id=names.new_request_id(self._publisher.id), answer_kept_s=KEPT_S, outlives=True
         )
         record = encode(KeyRecord(id=options.id, body=body))
-        seq = 0
+        seq, until = 0, time.monotonic() + self._publisher.settings.accept_timeout_s
         while True:
             try:
-                seq = await self._records.update(key, record, seq)
-                return await self._publish(model, task, options, key, seq), False
-            except Conflict:
-                entry = await self._records.get(key)
-            if entry is None:
-                seq = 0
+                entry = await self._written(key, record, seq)
+            except BusUnavailable:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(AGAIN_S)  # while a leader is chosen, as for a request without a key
                 continue
-            seq = entry.seq
-            if entry.deleted:
+            seq = entry.seq if entry is not None else 0
+            if entry is None or entry.deleted:
                 continue
             earlier = decode_key_record(entry.value)
+            if earlier.id == options.id:
+                return await self._publish(model, task, options, key, seq), False
             if earlier.body != body:
                 raise KeyReused()
             if earlier.failed is None and (call := await self._take_up(model, task, options, earlier.id)) is not None:
                 return call, True
             # It came to nothing: the record is replaced, by whoever is first.
+
+    async def _written(self, key: str, record: bytes, seq: int) -> Entry | None:
+        """Writes a record over the one with this sequence, if that is still the last. What is there then: ours too when
+        an earlier try had written it and the answer was lost."""
+        try:
+            return Entry(value=record, seq=await self._records.update(key, record, seq))
+        except Conflict:
+            return await self._records.get(key)
 
     async def _take_up(self, model: str, task: Task, options: CallOptions, request_id: str) -> Call | None:
         """None: the earlier request came to nothing."""

@@ -92,7 +92,8 @@ def _from_events(data: bytes) -> Answer:
     Raises:
         Cut: without its end.
     """
-    events = [event.removeprefix(b"data: ") for event in data.split(b"\n\n") if event.startswith(b"data: ")]
+    lines = (line for event in data.split(b"\n\n")[:-1] for line in event.split(b"\n"))
+    events = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
     pieces: list[str] = []
     usage: dict[str, Any] = {}
     ids: set[str] = set()

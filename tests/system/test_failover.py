@@ -328,7 +328,8 @@ def _text(events: bytes) -> str:
     """The text of the whole events that have come."""
     text = ""
     for event in events.decode(errors="ignore").split("\n\n")[:-1]:
-        if event.startswith("data: {"):
-            for choice in msgspec.json.decode(event.removeprefix("data: ")).get("choices", ()):
+        data = event.rpartition("data: ")[2]
+        if data.startswith("{"):
+            for choice in msgspec.json.decode(data).get("choices", ()):
                 text += choice["delta"].get("content") or ""
     return text

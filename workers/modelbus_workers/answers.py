@@ -15,7 +15,7 @@ from modelbus_broker.blobs import INLINE_LIMIT, get_blob, put_blob
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, ModelBusError
-from modelbus_broker.messages import KeptAnswer, Request, encode, encode_list
+from modelbus_broker.messages import KeptAnswer, Request, decode_kept_answer, encode, encode_list
 
 from .outbox import RING_BYTES, Ring
 
@@ -30,6 +30,14 @@ class AnswerKeeper:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._bucket = Bucket(bus, names.BUCKET_ANSWERS)
+
+    async def has(self, request_id: str) -> bool:
+        """An answer is kept, as far as the bus says."""
+        try:
+            entry = await self._bucket.get(request_id)
+        except ModelBusError:
+            return False
+        return entry is not None and not entry.deleted and not decode_kept_answer(entry.value).lost
 
     async def keep(self, request: Request, ring: Ring, frames: Sequence[bytes]) -> None:
         """Returns when the answer is stored, however long the bus is away; or when it is known that it cannot be.

@@ -146,9 +146,12 @@ class Intake:
             self._cancelled.popitem(last=False)
 
     async def _take_again(self, request: Request, pulled: Pulled) -> None:
-        self._judge(request, pulled, await self._read_starts(request))
+        starts = await self._read_starts(request)
+        # Its worker may have died between the answer and the acknowledgement: whoever asks finds the answer.
+        answered = bool(request.answer_kept_s) and await self._answers.has(request.id)
+        self._judge(request, pulled, starts, answered=answered)
 
-    def _judge(self, request: Request, pulled: Pulled, starts: int) -> None:
+    def _judge(self, request: Request, pulled: Pulled, starts: int, *, answered: bool = False) -> None:
         now_ms = time.time_ns() / 1e6 + self.clock_offset_ms
         decision = decide(
             request,
@@ -158,7 +161,7 @@ class Intake:
             revision=self.deployment.revision,
             compat=self.compat,
             free=self.free(),
-            ended=names.message_id(request.id, request.attempt) in self._ended,
+            ended=answered or names.message_id(request.id, request.attempt) in self._ended,
             worker=self.id,
             cancelled=request.id in self._cancelled,
         )
