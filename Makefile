@@ -1,6 +1,6 @@
 # Everything that can be done with a checkout; `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-setup docs lock clean
+.PHONY: help setup demo test lint format bench bench-setup chaos docs lock clean
 SHELL := /bin/bash
 
 # The first Python of this machine that is new enough; name another with PYTHON=...
@@ -36,6 +36,9 @@ format: $(MADE) ## rewrite the sources in the project's format
 
 bench: $(MADE) ## measure against a bare server, ratios in a table; some rows: make bench ARGS="chat streams --seconds 2"
 	@$(BIN)/python -m tests.bench.run $(ARGS)
+
+chaos: $(MADE) ## kill workers, gateways and bus servers under load, count what came back: make chaos ARGS="--requests 10000 --seed 1"
+	@$(BIN)/python -m tests.system.chaos.run $(ARGS)
 
 bench-setup: $(MADE) ## make .venv-litellm, the proxy that one row of the table is compared with
 	@[[ -x .venv-litellm/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-litellm

@@ -133,6 +133,15 @@ def test_the_generated_parts_of_the_documents_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_promise_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    promises = [line for line in text.partition("## Not promised")[0].splitlines() if line.startswith("| ")][1:]
+    for promise in promises:
+        (named,) = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promise)
+        assert re.search(rf"^(?:async )?def {named[1]}\(", (ROOT / named[0]).read_text(), re.MULTILINE), named
+    assert len(promises) > 15
+
+
 def test_every_environment_variable_is_documented() -> None:
     sources = [path.read_text() for folder in PACKAGES.values() for path in folder.rglob("*.py")]
     read = {name for text in sources for name in re.findall(r"\bMODELBUS_[A-Z_]+\b", text)}

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from . import names
-from .connection import Bus, JetStreamError, Msg, NoResponders, status_of
+from .connection import Bus, JetStreamError, Msg, NoResponders
 from .errors import BusUnavailable, Conflict
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Bucket:
             msg = await self.bus.request(f"$JS.API.DIRECT.GET.{names.bucket_stream(self.name)}.{subject}")
         except (NoResponders, TimeoutError) as error:
             raise BusUnavailable(f"the bucket {self.name!r} does not answer") from error
-        return _entry(msg) if status_of(msg) == "" else None
+        return _entry(msg) if msg.status == "" else None
 
     async def create(self, key: str, value: bytes, *, ttl_s: int = 0) -> int:
         """Stores a value where none is, also over the marker of a deleted or expired one.
@@ -108,8 +108,8 @@ class Bucket:
 
         def take(msg: Msg) -> None:
             nonlocal trouble
-            status = status_of(msg)
-            if status and "Nats-Subject" not in (msg.headers or {}):
+            status = msg.status
+            if status and "Nats-Subject" not in msg.headers:
                 # 204 ends a batch, 404 says that there is nothing; 408 and 413 are refusals, 503 nobody there.
                 trouble = "" if status in ("204", "404") else f"status {status}"
                 done.set()
@@ -134,7 +134,7 @@ class Bucket:
 
 
 def _entry(msg: Msg) -> Entry:
-    headers = msg.headers or {}
+    headers = msg.headers
     deleted = headers.get("KV-Operation", "") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
     return Entry(msg.data, int(headers.get("Nats-Sequence", 0)), deleted)
 
@@ -154,6 +154,7 @@ class BucketReader(Generic[T]):
     ) -> None:
         self.bucket = Bucket(bus, name)
         self.ready = False
+        self.version = 0  #: grows with each change of a value
         self._bus = bus
         self._decode = decode
         self._ttl_s = ttl_s
@@ -233,12 +234,16 @@ class BucketReader(Generic[T]):
         self._seen[key] = time.monotonic()
         if self._values.get(key) != record:
             self._values[key] = record
-            self._changed.set()
+            self._has_changed()
 
     def _drop(self, key: str) -> None:
         self._seen.pop(key, None)
         if self._values.pop(key, None) is not None:
-            self._changed.set()
+            self._has_changed()
+
+    def _has_changed(self) -> None:
+        self.version += 1
+        self._changed.set()
 
     async def _on_reconnect(self) -> None:
         await self._refresh()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .errors import ModelBusError, RequestCancelled
+from .errors import ModelBusError, RequestCancelled, error_of
 from .failover import Progress, RunEnd
 from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
 from .reception import Reception, Verdict
@@ -58,12 +58,23 @@ class Call:
         #: Output per choice, so that another worker can go on from here.
         self.token_ids: list[list[int]] = []
         self.chars: list[int] = []
+        self.finished: set[int] = set()  #: choices whose last delta has come
         self.delivered = False  #: some output has come
         self.shown = False  #: and the reader has got some of it
+        self.streams = request.stream  #: the reader passes on what it gets: nobody can take it back
+        self.outlives = False  #: it goes on when its reader leaves: another one may come
+        self.unread = False  #: its reader has left
+        self.attached = False  #: it was published by somebody else, or earlier
+        self.view = request.view
+        self.on_failure: Callable[[ModelBusError], None] | None = None  #: told when it has failed for good
+        self.pursuit: asyncio.Task[None] | None = None  #: looks for the request, of another publisher, on the bus
+        #: All output, where the worker that completes the answer is to keep the whole of it.
+        self.kept: list[Delta] | None = [] if request.answer_kept_s else None
         self._frames: list[Answer] = []
         self._bytes = 0
         self._error: ModelBusError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
         self._storing: asyncio.Future[None] | None = None
 
     # The router's side
@@ -72,8 +83,9 @@ class Call:
         """Takes a frame that came from the bus, if it counts."""
         if self.over:
             return Verdict.DROP
-        if self._bytes + size > WAITING_LIMIT and self._frames:
+        if self._frames and self._bytes + size > WAITING_LIMIT and not self.overflowed:
             self.overflowed = True
+            self._wake()  # a reader that waits, with nothing but `started` here, asks for the rest
         if self.overflowed and frame.run == self.reception.run:
             return Verdict.DROP
         verdict = self.reception.offer(frame)
@@ -82,35 +94,47 @@ class Call:
         return verdict
 
     def _take(self, frame: Frame, size: int) -> None:
-        match frame:
-            case Accepted():
-                self.accepted = frame
-                self.last_alive = time.monotonic()
-                self.missing = 0
-                self.stored_or_not()  # a run is as good as the stream's own answer
-                return
-            case Failed():
-                self._publisher.run_failed(self, frame)
-                return
-            case Started():
-                self.engine_started = True
-            case Delta():
-                self._remember(frame)
-                self.delivered = True
-            case Vectors():
-                self.delivered = True
-            case Done():
-                self.over = True
-                self._publisher.ended(self)
+        # Cheaper than a match, and all frames of all requests pass here.
+        if type(frame) is Delta:
+            if self.end is not None and frame.choice in self.finished:
+                return  # it had ended before the run that this one goes on from was lost: the reader has its end
+            self._remember(frame)
+            self.delivered = True
+        elif type(frame) is Accepted:
+            self.accepted = frame
+            self.last_alive = time.monotonic()
+            self.missing = 0
+            self.stored_or_not()  # a run is as good as the stream's own answer
+            return
+        elif type(frame) is Started:
+            self.engine_started = True
+            self._frames.append(frame)  # the reader sees it with what comes next
+            return
+        elif type(frame) is Done:
+            self.over = True
+            self._publisher.ended(self)
+        elif type(frame) is Failed:
+            self._publisher.run_failed(self, frame)
+            return
+        else:
+            assert type(frame) is Vectors
+            self.delivered = True
         self._frames.append(frame)
         self._bytes += size
-        self._wake()
+        if self._listener is not None:
+            self._publisher.tell_soon(self._listener)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _remember(self, delta: Delta) -> None:
         """Keeps what another worker would need to go on, where there is one that could."""
         if self.accepted is None or not self.accepted.compat:
             return
+        if self.kept is not None:
+            self.kept.append(delta)
         choice = delta.choice
+        if delta.finish_reason:
+            self.finished.add(choice)
         while len(self.chars) <= choice:
             self.token_ids.append([])
             self.chars.append(0)
@@ -119,7 +143,7 @@ class Call:
 
     def progress(self) -> Progress:
         """How far the answer has come. Of a plain call nothing is out before its end."""
-        shown = self.shown and self.request.stream
+        shown = self.shown and self.streams
         return Progress(output=self.delivered, shown=shown, token_ids=self.token_ids, chars=self.chars)
 
     def fence_off(self) -> int:
@@ -133,7 +157,54 @@ class Call:
         self._frames = [Restarted()] if self.shown else []
         self._bytes = 0
         self.delivered = self.shown = self.overflowed = False
-        self.token_ids, self.chars = [], []
+        self.token_ids, self.chars, self.finished = [], [], set()
+        if self.kept is not None:
+            self.kept = []
+        self._wake()
+
+    def take_over(self, request: Request, frames: Iterable[Frame], accepted: Accepted | None, next_seq: int) -> None:
+        """Goes on with a request that another publisher had.
+
+        Args:
+            request: as it was published last.
+            frames: what has been said so far, of all runs that belong to the answer; the reader gets it first.
+            accepted: of the run that counts, None while there is none.
+            next_seq: the next of its frames that is needed.
+        """
+        self.request = self.attempt = request
+        self.model = request.model
+        self.view = self.view or request.view
+        self.kept = [] if request.answer_kept_s else None
+        self.token_ids, self.chars, self.finished = [], [], set()
+        self.reception = Reception(request.attempt)
+        self.accepted = accepted
+        if accepted is not None:
+            self.reception.run, self.reception.next_seq = accepted.run, next_seq
+        self.last_alive = time.monotonic()
+        self.preload(frames)
+
+    def preload(self, frames: Iterable[Frame]) -> None:
+        """Gives the reader frames that came by another way; ``Done`` or ``Failed`` among them ends the call."""
+        for frame in frames:
+            match frame:
+                case Accepted():
+                    self.accepted = self.accepted or frame
+                    self.view = self.view or frame.view
+                    continue
+                case Failed():
+                    self.fail(error_of(frame))
+                    continue
+                case Delta():
+                    self._remember(frame)
+                    self.delivered = True
+                case Vectors():
+                    self.delivered = True
+                case Started():
+                    self.engine_started |= frame.run == self.reception.run
+                case Done():
+                    self.over = True
+                    self._publisher.ended(self)
+            self._frames.append(frame)
         self._wake()
 
     def fail(self, error: ModelBusError) -> None:
@@ -144,6 +215,13 @@ class Call:
             self._wake()
             self.stored_or_not()
             self._publisher.ended(self)
+            if self.on_failure is not None:
+                self.on_failure(error)
+
+    @property
+    def failure(self) -> ModelBusError | None:
+        """What it ended with, if not with an answer."""
+        return self._error
 
     def stored_or_not(self) -> None:
         """It is known whether the queue has it: wakes whoever waits for that."""
@@ -151,9 +229,10 @@ class Call:
             self._storing.set_result(None)
 
     def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._listener is not None:
+            self._publisher.loop.call_soon(self._listener)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # The reader's side
 
@@ -173,37 +252,51 @@ class Call:
     def _had_run(self) -> bool:
         return bool(self.reception.run) or self.end is not None
 
-    async def batches(self) -> AsyncIterator[list[Answer]]:
-        """Yields lists of all frames that are ready, and ends after ``Done``.
+    async def batch(self) -> list[Answer]:
+        """All frames that are ready, at least one; after ``Done`` there are no more.
 
         Raises:
             ModelBusError: the request failed, was cancelled or ran out of time.
         """
+        while not (frames := self.ready()):
+            self._waiter = self._publisher.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return frames
+
+    def listen(self, callback: Callable[[], None] | None) -> None:
+        """Calls back when something is :meth:`ready`, in place of waking who waits in :meth:`batch`; None ends it."""
+        self._listener = callback
+
+    def ready(self) -> list[Answer]:
+        """What :meth:`batch` would return now, without waiting: perhaps nothing. Raises what it raises."""
+        if not self._frames:
+            if self.over:
+                assert self._error is not None
+                raise self._error
+            return []
+        frames, self._frames, self._bytes = self._frames, [], 0
+        self.shown = self.delivered
+        if self.overflowed:
+            self.overflowed = False
+            self._publisher.ask_resend(self)
+        return frames
+
+    async def batches(self) -> AsyncIterator[list[Answer]]:
+        """Yields what :meth:`batch` returns until ``Done`` has come. Raises what it raises."""
         while True:
-            while not self._frames and not self.over:
-                self._waiter = asyncio.get_running_loop().create_future()
-                try:
-                    await self._waiter
-                finally:
-                    self._waiter = None
-            if not self._frames:
-                break
-            frames, self._frames, self._bytes = self._frames, [], 0
-            self.shown = self.delivered
-            if self.overflowed:
-                self.overflowed = False
-                self._publisher.ask_resend(self)
-            if type(frames[-1]) is Done:
-                yield frames
-                return
+            frames = await self.batch()
             yield frames
-        assert self._error is not None
-        raise self._error
+            if type(frames[-1]) is Done:
+                return
 
     async def cancel(self) -> None:
         """Takes the request back: out of the queue if it waits there, off its worker if it runs."""
         if self.over:
             return
+        self._end_pursuit()
         self.fail(RequestCancelled("the request was cancelled"))
         await self._publisher.withdraw(self)
 
@@ -213,5 +306,13 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.over and not self.request.background:
+        if self.over or self.request.background:
+            return
+        if self.outlives:
+            self._publisher.leave(self)
+        else:
             await self.cancel()
+
+    def _end_pursuit(self) -> None:
+        if self.pursuit is not None:
+            self.pursuit.cancel()

@@ -18,20 +18,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-import nats.aio.client
 import nats.aio.subscription
 import nats.errors
-from nats.aio.msg import Msg
 
 from .errors import AuthenticationFailed, BusUnavailable, ModelBusError
 from .names import random_token
 from .settings import BusSettings
+from .wire import Msg, WireClient, header_block
 
-__all__ = ["Bus", "JetStreamError", "Msg", "NoResponders", "PubAck", "Subscription", "status_of"]
+__all__ = ["Bus", "JetStreamError", "Msg", "NoResponders", "PubAck", "Subscription"]
 
 log = logging.getLogger(__name__)
 
 _json = msgspec.json.Decoder()
+
+#: With so many bytes waiting to be sent, whoever sends more waits.
+_MUCH = 1 << 20
 
 
 class NoResponders(ModelBusError):
@@ -83,13 +85,6 @@ class PubAck(msgspec.Struct, frozen=True):
 _puback = msgspec.json.Decoder(PubAck)
 
 
-def status_of(msg: Msg) -> str:
-    """The status in a server's message without a body ("503", "404", "408" ...), "" if it is an ordinary one."""
-    if msg.data or not msg.headers:
-        return ""
-    return msg.headers.get("Status", "")
-
-
 class Bus:
     """A connection that comes back by itself.
 
@@ -100,7 +95,7 @@ class Bus:
     def __init__(self, settings: BusSettings, name: str) -> None:
         self.settings = settings
         self.name = name
-        self._nc = nats.aio.client.Client()
+        self._nc = WireClient()
         self._inbox = ""
         self._reply_prefix = ""
         self._replies: dict[str, Callable[[Msg], None]] = {}
@@ -235,27 +230,37 @@ class Bus:
         """A subject that only we may listen on."""
         return f"{self._inbox}.{random_token(8)}"
 
-    async def publish(
-        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
-    ) -> None:
+    def send(self, subject: str, payload: bytes, *, reply: str = "", headers: bytes = b"") -> None:
         """Sends without waiting for anybody. While disconnected it may be dropped.
+
+        Args:
+            headers: as ``wire.header_block`` makes them.
 
         Raises:
             BusUnavailable: the connection is closed, or its buffer is full.
         """
         try:
-            await self._nc.publish(subject, payload, reply, headers)
+            self._nc.publish_now(subject, payload, reply, headers)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot publish to the bus: {error}") from error
 
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """As :meth:`send`; waits when more is to be sent than the connection takes.
+
+        Raises:
+            BusUnavailable: the connection is closed, or its buffer is full.
+        """
+        self.send(subject, payload, reply=reply, headers=header_block(headers) if headers else b"")
+        if self._nc.pending_data_size > _MUCH:
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                await self._nc.room()
+
     async def subscribe(self, subject: str, callback: Callable[[Msg], None], *, queue: str = "") -> Subscription:
         """Listens; ``callback`` must only enqueue."""
-
-        async def call(msg: Msg) -> None:
-            callback(msg)
-
         try:
-            return Subscription(await self._nc.subscribe(subject, queue=queue, cb=call))
+            return Subscription(await self._nc.subscribe_now(subject, callback, queue))
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe at the bus: {error}") from error
 
@@ -298,7 +303,7 @@ class Bus:
         finally:
             timer.cancel()
             self.forget_reply(reply)
-        if status_of(msg) == "503":
+        if msg.status == "503":
             raise NoResponders(f"nobody listens on {subject}")
         return msg
 
@@ -410,7 +415,7 @@ def parse_puback(msg: Msg) -> PubAck:
         JetStreamError: the stream refused the message.
         NoResponders: no stream covers the subject.
     """
-    if status_of(msg) == "503":
+    if msg.status == "503":
         raise NoResponders("no stream covers this subject")
     ack = _puback.decode(msg.data)
     if ack.error is not None:

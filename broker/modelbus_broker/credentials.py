@@ -186,6 +186,7 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                         names.BUCKET_ANSWERS,
                     )
                 ),
+                f"$O.{names.BLOBS}.C.answer.*",  # answers to be kept that are too large for their bucket
                 "mb.rsp.*.*",
                 "mb.gw.*",
                 names.USAGE,
@@ -225,7 +226,8 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 f"$O.{names.BLOBS}.>",
                 f"$KV.{names.BUCKET_RUNS}.>",
                 f"$KV.{names.BUCKET_IDEMPOTENCY}.>",
-                *_inboxes("worker"),  # answers to alive messages
+                # Answers to alive messages, to publishers that take a request over, and to whoever cancels one.
+                *_inboxes("admin", "client", "worker"),
             ]
             return publish, [
                 f"{inbox_prefix(role)}.>",

@@ -8,6 +8,10 @@ ModelBusError
 ├── ModelNotFound                  404 model_not_found
 ├── NotFound                       404 not_found
 ├── Conflict                       409 conflict
+├── KeyReused                      409 idempotency_key_reused
+├── StreamMoved                    409 stream_moved
+├── StreamNotResumable             410 stream_not_resumable
+│   └── AnswerNotKept              410 answer_not_kept
 ├── RequestTooLarge                413 request_too_large
 ├── QueueFull                      429 queue_full
 ├── RequestCancelled               499 request_cancelled
@@ -124,6 +128,30 @@ class Conflict(ModelBusError):
     """It is there already, or someone changed it meanwhile."""
 
     code, default_status = "conflict", 409
+
+
+class KeyReused(ModelBusError):
+    """Something else was asked under this Idempotency-Key. A new request needs a new key."""
+
+    code, default_status = "idempotency_key_reused", 409
+
+
+class StreamMoved(ModelBusError):
+    """The answer is being read through another connection now."""
+
+    code, default_status = "stream_moved", 409
+
+
+class StreamNotResumable(ModelBusError):
+    """The rest of this answer cannot be had any more. Ask again."""
+
+    code, default_status = "stream_not_resumable", 410
+
+
+class AnswerNotKept(StreamNotResumable):
+    """The request was answered, and its answer could not be kept."""
+
+    code = "answer_not_kept"
 
 
 class RequestTooLarge(ModelBusError):

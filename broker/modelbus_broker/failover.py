@@ -85,6 +85,9 @@ def next_attempt(
         compat="",
         output_token_ids=[],
         emitted_chars=[],
+        continues="",
+        earlier=b"",
+        earlier_blob=None,
         handover=end.handover,
         **changes,
     )

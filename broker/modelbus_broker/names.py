@@ -7,6 +7,7 @@
 | ``mb.rsp.<publisher>.<worker>`` | lists of frames |
 | ``mb.gw.<publisher>`` | alive messages, with a reply inbox; no stream covers it |
 | ``mb.ctl.<worker or publisher>`` | control messages |
+| ``mb.ctl.workers`` | control messages for all workers |
 | ``mb.find`` | who runs this id? |
 | ``mb.dead.<model>`` | dead letters; a large body lies one token below |
 
@@ -36,6 +37,8 @@ BLOBS = "blobs"
 #: The one priority group of every consumer; every pull names it.
 GROUP = "mb"
 FIND = "mb.find"
+#: In place of one worker's id in ``mb.ctl.<worker>``: all of them. (No id is so: they have no "o".)
+ALL_WORKERS = "workers"
 USAGE = "mb.usage"
 ANY_COMPAT = "any"
 
@@ -170,6 +173,11 @@ def parse_run(run: str) -> tuple[int, int, str]:
 def run_key(request_id: str, run: str) -> str:
     """One execution among those of all requests: a run's name alone repeats from request to request."""
     return f"{request_id}/{run}"
+
+
+def answer_blob(request_id: str) -> str:
+    """A new blob for a kept answer that is too large for its bucket. Workers may write these blobs and no others."""
+    return f"answer.{request_id}-{random_token(8)}"
 
 
 def message_id(request_id: str, attempt: int) -> str:

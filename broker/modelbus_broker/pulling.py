@@ -23,7 +23,7 @@ from functools import partial
 import msgspec
 
 from . import names
-from .connection import Bus, Msg, Subscription, status_of
+from .connection import Bus, Msg, Subscription
 from .errors import ModelBusError
 from .topology import ConsumerRef
 
@@ -45,7 +45,11 @@ class Pulled(msgspec.Struct, frozen=True):
     delivery: int  #: 1 at the first delivery
     seq: int  #: in the stream
     stored_ms: float  #: Unix time when the stream stored it, by the server's clock
-    headers: dict[str, str] | None = None
+    msg: Msg
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return self.msg.headers
 
 
 def parse_ack_subject(ack_subject: str) -> tuple[str, str, int, int, int]:
@@ -95,6 +99,7 @@ class _Linger:
         self.inbox = inbox
         self.subscription: Subscription | None = None
         self.credits = 0
+        self.refill_at = 0  #: with no more credits than this it wants new ones
         self.heard = time.monotonic()
         self.broken = ""
         self.withdrawn = asyncio.Event()
@@ -130,6 +135,7 @@ class Puller:
         self._wake = asyncio.Event()
         self._stopping = False
         self._reconnected = False
+        self._all_linger = False  #: a pull waits at every consumer that can be asked
         self._task: asyncio.Task[None] | None = None
         #: Messages pulled so far.
         self.pulled = 0
@@ -147,8 +153,10 @@ class Puller:
                 await self._task
 
     def wake(self) -> None:
-        """Looks again at the free slots: one was taken or released."""
-        self._wake.set()
+        """Looks again at the free slots: one was released."""
+        # Where pulls wait everywhere one more free slot changes nothing, and this is in the way of every request.
+        if not self._all_linger:
+            self._wake.set()
 
     async def pause(self, consumer: str, seconds: float) -> None:
         """Takes nothing from a consumer for so long. Returns when its waiting pull is withdrawn."""
@@ -174,13 +182,14 @@ class Puller:
                 await asyncio.sleep(0.2)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(1.0 if self._all_linger else 0.25):
                     await self._wake.wait()
         with contextlib.suppress(ModelBusError):
             await self._withdraw(list(self._lingering))
 
     async def _step(self) -> None:
         """Brings the waiting pulls in line with the free slots."""
+        self._all_linger = False
         if self._reconnected:
             self._reconnected = False
             self._retry_at.clear()
@@ -206,34 +215,39 @@ class Puller:
 
     async def _linger_all(self) -> None:
         now = time.monotonic()
+        everywhere = True
         for consumer in self._consumers:
             if self._free() <= 0:
                 return
             if self._retry_at.get(consumer.name, 0.0) > now:
+                everywhere = False
                 continue
             linger = self._lingering.get(consumer.name)
             if linger is None:
                 linger = self._lingering[consumer.name] = _Linger(consumer, self._bus.new_inbox())
                 linger.subscription = await self._bus.subscribe(linger.inbox, partial(self._on_linger, linger))
             wanted = credits_for(self._free(), self._consumers, consumer.lane)
-            if linger.credits <= wanted // 2:
+            linger.refill_at = wanted // 2
+            if linger.credits <= linger.refill_at:
                 batch = wanted - linger.credits
                 linger.credits += batch
                 await self._pull(consumer, linger.inbox, batch, linger=True)
+        self._all_linger = everywhere
 
     def _on_linger(self, linger: _Linger, msg: Msg) -> None:
         linger.heard = time.monotonic()
-        status = status_of(msg)
+        status = msg.status
         if not status:
             linger.credits -= 1
             self._deliver(linger.consumer, msg)
-            self._wake.set()
+            if linger.credits <= linger.refill_at or self._free() <= 0:
+                self._wake.set()
         elif status == "408":
-            linger.credits -= int((msg.headers or {}).get("Nats-Pending-Messages", linger.credits))
+            linger.credits -= int(msg.headers.get("Nats-Pending-Messages", linger.credits))
             self._wake.set()
         elif status != "100":
             # 409: leader change, consumer deleted, server shutdown; 503: no such consumer; 400: bad group.
-            description = (msg.headers or {}).get("Description", "")
+            description = msg.headers.get("Description", "")
             linger.broken = f"{status} {description}"
             self._retry_at[linger.consumer.name] = time.monotonic() + (2.0 if status == "503" else 0.2)
             if status != "503":
@@ -275,7 +289,7 @@ class Puller:
 
         def on_message(msg: Msg) -> None:
             nonlocal came
-            status = status_of(msg)
+            status = msg.status
             if not status:
                 came += 1
                 self._deliver(consumer, msg)
@@ -323,6 +337,6 @@ class Puller:
                 delivery,
                 seq,
                 stored_ns / 1e6,
-                msg.headers,
+                msg,
             )
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from .connection import Bus, Msg, status_of
+from .connection import Bus, Msg
 from .errors import BusUnavailable
 
 BATCH_BYTES = 4 << 20
@@ -43,8 +43,8 @@ async def read_batch(
     over = asyncio.Event()
 
     def take(msg: Msg) -> None:
-        headers = msg.headers or {}
-        if status_of(msg) and "Nats-Subject" not in headers:
+        headers = msg.headers
+        if msg.status and "Nats-Subject" not in headers:
             over.set()  # 204 ends a batch, 404 says that there is nothing
         else:
             found.append(_stored(msg))
@@ -78,7 +78,7 @@ async def read_stream(
 
 
 def _stored(msg: Msg) -> Stored:
-    headers = msg.headers or {}
+    headers = msg.headers
     stored_at = headers.get("Nats-Time-Stamp", "")
     return Stored(
         seq=int(headers["Nats-Sequence"]),

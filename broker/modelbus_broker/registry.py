@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from . import names
 from .buckets import BucketReader
@@ -31,6 +31,10 @@ class Registry:
         self._nodes = BucketReader(bus, names.BUCKET_NODES, decode_node, ttl_s=RECORD_TTL_S, trust=True)
         self._failures = BucketReader(bus, names.BUCKET_FAILURES, decode_start_failure)
         self._readers = (self._deployments, self._workers, self._nodes, self._failures)
+        # Every request asks for these: they are put together once for each change.
+        self._version = -1
+        self._deployed: dict[str, list[Deployment]] = {}
+        self._serving: set[str] = set()
 
     async def start(self) -> None:
         """Reads everything once and keeps up from then on.
@@ -90,12 +94,25 @@ class Registry:
         """The names that clients can ask for, sorted."""
         return sorted({deployment.model for deployment in self.deployments.values()})
 
-    def deployments_of(self, model: str) -> list[Deployment]:
-        return [deployment for deployment in self.deployments.values() if deployment.model == model]
+    def deployments_of(self, model: str) -> Sequence[Deployment]:
+        self._index()
+        return self._deployed.get(model, ())
 
     def is_served(self, model: str) -> bool:
         """A worker of the model is alive and ready."""
-        return any(worker.model == model and worker.state == "ok" for worker in self.workers.values())
+        self._index()
+        return model in self._serving
+
+    def _index(self) -> None:
+        version = self._deployments.version + self._workers.version
+        if version == self._version:
+            return
+        self._version, self._deployed, self._serving = version, {}, set()
+        for deployment in self.deployments.values():
+            self._deployed.setdefault(deployment.model, []).append(deployment)
+        for worker in self.workers.values():
+            if worker.state == "ok":
+                self._serving.add(worker.model)
 
     def workers_of(self, model: str, state: str = "ok") -> list[WorkerRecord]:
         """Live workers of a model in a state ("" = any), by replica."""

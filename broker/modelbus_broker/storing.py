@@ -5,6 +5,7 @@ Nobody waits for the stream's answer before going on: it comes to the publicatio
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
@@ -23,6 +24,12 @@ from .standstill import STUCK_S
 AGAIN_S = 2.0
 #: While a cluster elects a leader, or a server starts, nobody answers for the stream.
 NOBODY_S = 0.1
+#: After a reconnect nothing is sent again for so long. A worker may have the request, or have answered it already while
+#: we were cut off, and says so first; a bus that was restarted would take it for a new one.
+HEAR_FIRST_S = 2.0
+
+#: So long a message that is withdrawn waits for the stream to say where it lies.
+WITHDRAW_S = 2.0
 
 #: A stream is at its limit of messages or bytes.
 _FULL = (10077, 10122, 10054, 10047)
@@ -36,6 +43,7 @@ class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
     accept_timeout_s: float = 30.0  #: how long to try until the queue has stored a request
     stuck_after_s: float = STUCK_S  #: a queue that stands still for so long is told of
     resume_wait_s: float = 10.0  #: how long half an answer waits while no worker lives that could go on
+    orphan_grace_s: float = 30.0  #: how long a request that may find another reader goes on without one
 
 
 class Publication:
@@ -44,12 +52,15 @@ class Publication:
     Attributes:
         answered: called once, when it is stored or refused.
         stream, seq: where the message lies, once ``stored``; seq 0 when only its frames say that it was stored.
+        duplicate: the stream had it already, from an earlier publish.
         replaces: the lost run, whose message goes when this one is stored.
         withdrawn: nobody wants it any more: it goes as soon as it is known where it lies.
+        gone: done when it has gone, for who waits for that.
     """
 
     __slots__ = (
-        "answered", "error", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream", "subject",
+        "answered", "duplicate", "error", "gone", "headers", "payload", "replaces", "reply", "sent_at", "seq", "stored", "stream",
+        "subject",
         "until", "withdrawn",
     )  # fmt: skip
 
@@ -57,7 +68,7 @@ class Publication:
         self,
         subject: str,
         payload: bytes,
-        headers: dict[str, str],
+        headers: bytes,
         *,
         until: float,
         answered: Callable[[Publication], None],
@@ -72,9 +83,11 @@ class Publication:
         self.sent_at = 0.0
         self.reply = ""
         self.stored = self.withdrawn = False
+        self.duplicate = False
         self.stream = ""
         self.seq = 0
         self.error: ModelBusError | None = None
+        self.gone: asyncio.Future[None] | None = None
 
     @property
     def open(self) -> bool:
@@ -92,7 +105,7 @@ class Storing:
         self._settings = settings
         self._spawn = spawn
 
-    async def store(
+    def store(
         self,
         request: Request,
         subject: str,
@@ -101,24 +114,25 @@ class Storing:
         replaces: Accepted | None = None,
     ) -> Publication:
         """Sends an attempt on its way and returns at once; ``answered`` hears what becomes of it."""
-        headers: dict[str, str] = {}
-        if self._settings.dedupe:
-            headers["Nats-Msg-Id"] = names.message_id(request.id, request.attempt)
-        if self._settings.expiry:
-            headers["Nats-TTL"] = f"{request.budget_ms // 1000 + 60}s"
+        headers = b""
+        if self._settings.dedupe or self._settings.expiry:
+            msg_id = f"Nats-Msg-Id: {names.message_id(request.id, request.attempt)}\r\n" if self._settings.dedupe else ""
+            ttl = f"Nats-TTL: {request.budget_ms // 1000 + 60}s\r\n" if self._settings.expiry else ""
+            headers = f"NATS/1.0\r\n{msg_id}{ttl}\r\n".encode()
         until = time.monotonic() + min(self._settings.accept_timeout_s, request.budget_ms / 1000)
         publication = Publication(subject, payload, headers, until=until, answered=answered, replaces=replaces)
-        await self._send(publication)
+        self._send(publication)
         return publication
 
-    async def _send(self, publication: Publication) -> None:
+    def _send(self, publication: Publication) -> None:
         publication.sent_at = time.monotonic()
-        self._bus.forget_reply(publication.reply)
+        if publication.reply:
+            self._bus.forget_reply(publication.reply)
         publication.reply = self._bus.on_reply(partial(self._heard, publication))
         # Where the connection takes nothing now, it is sent again until the time is up.
         with contextlib.suppress(BusUnavailable):
-            await self._bus.publish(
-                publication.subject, publication.payload, reply=publication.reply, headers=publication.headers or None
+            self._bus.send(
+                publication.subject, publication.payload, reply=publication.reply, headers=publication.headers
             )
 
     def _heard(self, publication: Publication, msg: Msg) -> None:
@@ -135,6 +149,7 @@ class Storing:
                 publication.error = QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0)
         else:
             publication.stored, publication.stream, publication.seq = True, ack.stream, ack.seq
+            publication.duplicate = ack.duplicate
             publication.payload = b""
             if publication.withdrawn:
                 self._spawn(self._remove(publication))
@@ -146,7 +161,8 @@ class Storing:
         if now - publication.sent_at < AGAIN_S:
             return
         if now < publication.until and self._settings.dedupe:
-            self._spawn(self._send(publication))
+            if self._bus.connected_for_s > HEAR_FIRST_S:
+                self._send(publication)
             return
         self.forget(publication)
         publication.error = BusUnavailable("the bus did not store the request: no answer from its stream")
@@ -155,19 +171,34 @@ class Storing:
     def forget(self, publication: Publication) -> None:
         """No longer listens for the stream's answer."""
         self._bus.forget_reply(publication.reply)
+        publication.reply = ""
 
     async def withdraw(self, publication: Publication) -> None:
-        """Takes the message out of the queue, now or as soon as it is stored."""
+        """Takes the message out of the queue. Where it lies may not be known yet: the stream has a while to say so."""
         publication.withdrawn = True
         if publication.stored:
             await self._remove(publication)
+        elif publication.open and publication.reply:
+            publication.gone = asyncio.get_running_loop().create_future()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WITHDRAW_S):
+                    await publication.gone
 
     async def _remove(self, publication: Publication) -> None:
         """Deletes the message. That it succeeds does not say that it was still queued."""
-        if not publication.seq:
-            return
         # Where that fails, the worker that pulls it is told to stop.
         with contextlib.suppress(ModelBusError):
-            await self._bus.js_request(
-                f"STREAM.MSG.DELETE.{publication.stream}", {"seq": publication.seq, "no_erase": True}
-            )
+            if publication.seq:
+                await remove_message(self._bus, publication.stream, publication.seq)
+        if publication.gone is not None and not publication.gone.done():
+            publication.gone.set_result(None)
+
+
+async def remove_message(bus: Bus, stream: str, seq: int) -> None:
+    """Deletes a message of a stream, whether it waits or was delivered.
+
+    Raises:
+        JetStreamError: it is not there.
+        BusUnavailable: the stream does not answer.
+    """
+    await bus.js_request(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})

@@ -6,14 +6,19 @@ It is JSON, not nats-py's classes, because those have no fields for priority gro
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from . import names
 from .connection import Bus, JetStreamError
-from .errors import BusUnavailable
+from .errors import BusUnavailable, ModelBusError
+from .settings import BusSettings
+
+log = logging.getLogger(__name__)
 
 _S = 1_000_000_000  # nanoseconds in a second
 _MIB = 1 << 20
@@ -99,6 +104,32 @@ async def declare_memory(bus: Bus) -> None:
     for config in STREAMS + BUCKETS:
         if config["storage"] == "memory":
             await _declare_stream(bus, config | {"num_replicas": replicas})
+
+
+async def restore_memory(bus: Bus) -> None:
+    """To be called after a reconnect: makes the memory streams and buckets again as soon as the server answers.
+
+    A server that has just started, or a cluster that has no leader yet, may not do so at once. Returns when they are
+    there, when the connection is lost again, or at once where our credential does not let us make streams.
+    """
+    if not _may_declare(bus.settings):
+        return
+    connected_at = bus.connected_at
+    while bus.connected_at == connected_at and not bus.closed.is_set():
+        try:
+            await declare_memory(bus)
+            return
+        except ModelBusError as error:
+            log.warning("what the bus keeps in memory cannot be made again yet: %s", error.message)
+            await asyncio.sleep(0.5)
+
+
+def _may_declare(settings: BusSettings) -> bool:
+    if not settings.creds:
+        return True
+    from .credentials import load_credential
+
+    return load_credential(Path(settings.creds).expanduser()).may_administer
 
 
 async def _declare_stream(bus: Bus, config: dict[str, Any]) -> None:

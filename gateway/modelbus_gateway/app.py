@@ -34,7 +34,8 @@ def create_app(
     Raises:
         BusUnavailable, AuthenticationFailed: at startup, when the bus cannot be reached or knows no streams.
     """
-    metrics, traffic = Metrics(), Traffic()
+    traffic = Traffic()
+    metrics = Metrics(lambda: traffic.running)
     app = web.Application(middlewares=[edge(settings, metrics, traffic)], client_max_size=settings.max_body_bytes)
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
@@ -45,11 +46,15 @@ def create_app(
             registry = Registry(connection)
             stack.push_async_callback(registry.close)
             await registry.start()
-            publisher = Publisher(connection, registry, kind="gateway", settings=publishing)
+            guarantees = publishing or PublisherSettings(orphan_grace_s=settings.orphan_grace_s)
+            publisher = Publisher(connection, registry, kind="gateway", settings=guarantees)
             stack.push_async_callback(publisher.close)
+            publisher.aborts.observe = metrics.aborted
             await publisher.start()
             watch = ClientWatch(
-                keep_alive_comment_s=settings.keep_alive_comment_s, client_stall_s=settings.client_stall_s
+                keep_alive_comment_s=settings.keep_alive_comment_s,
+                client_stall_s=settings.client_stall_s,
+                headers_after_s=settings.headers_after_s,
             )
             stack.push_async_callback(watch.close)
             await watch.start()
@@ -60,6 +65,8 @@ def create_app(
     app.add_routes([
         web.post("/v1/chat/completions", handlers.chat_completions),
         web.post("/v1/completions", handlers.completions),
+        web.get("/v1/chat/completions/{id}/stream", handlers.chat_stream),
+        web.get("/v1/completions/{id}/stream", handlers.completion_stream),
         web.post("/v1/embeddings", handlers.embeddings),
         web.get("/v1/models", handlers.models),
         web.get("/v1/models/{model:.+}", handlers.model),

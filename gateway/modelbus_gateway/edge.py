@@ -102,7 +102,6 @@ def edge(settings: GatewaySettings, metrics: Metrics, traffic: Traffic) -> Middl
             exchange.headers["Connection"] = "close"
         traffic.begin()
         status = 499  # whatever is not answered: its client has hung up
-        metrics.in_flight.inc()
         try:
             if request.method == "OPTIONS":
                 response: web.StreamResponse = _preflight(request, settings)
@@ -125,7 +124,6 @@ def edge(settings: GatewaySettings, metrics: Metrics, traffic: Traffic) -> Middl
             )  # fmt: skip
         finally:
             traffic.end()
-            metrics.in_flight.dec()
             metrics.ended(_route(request), exchange.model, status, time.monotonic() - exchange.started)
         if exchange.headers and not response.prepared:
             response.headers.update(exchange.headers)

@@ -1,6 +1,7 @@
 """From frames to server-sent events, in the shapes of the OpenAI API. Pure.
 
-What is the same in every event of an answer is encoded once; a piece of text costs one small JSON string and a join.
+What is the same in every event of an answer is encoded once; a piece of text costs one small JSON string, one id and
+a join. Every event but the last (``[DONE]``, or an error) has an id that a client can resume from.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import msgspec
 from modelbus_broker.messages import Delta, Done, ToolCallDelta
 from msgspec import UNSET, UnsetType
 
+from .event_ids import EventIds
 from .openai_answers import chat_logprobs, completion_logprobs, to_json, usage_body
 
 DONE = b"data: [DONE]\n\n"
@@ -69,6 +71,8 @@ class ChatEvents:
         self._role = role
         self._logprobs, self._include_usage, self._legacy = logprobs, include_usage, legacy_functions
         self._text_heads: dict[int, bytes] = {}  #: of the choices that have begun
+        self._ended: set[int] = set()  #: choices whose end is out; a run that goes on says it once more
+        self._ids = EventIds(id)
 
     def events(self, frames: Iterable[object]) -> bytes:
         """The events of the frames of one batch, joined; b"" if they show the client nothing."""
@@ -83,17 +87,21 @@ class ChatEvents:
     def _delta(self, delta: Delta, out: list[bytes]) -> None:
         head = self._text_heads.get(delta.choice)
         plain = not (delta.reasoning or delta.tool_calls or delta.refusal or (self._logprobs and delta.logprobs))
+        ends = bool(delta.finish_reason) and delta.choice not in self._ended
         if head is not None and plain:
             if delta.text:
-                out += (head, to_json(delta.text), self._text_tail)
+                line = self._ids.first(delta) if ends else self._ids.whole(delta)
+                out += (line, head, to_json(delta.text), self._text_tail)
         elif head is None or not plain:
+            out.append(self._ids.first(delta) if ends else self._ids.whole(delta))
             self._full(delta, head is None, out)
-        if delta.finish_reason:
+        if ends:
+            self._ended.add(delta.choice)
             reason: str = delta.finish_reason
             if self._legacy and reason == "tool_calls":
                 reason = "function_call"
             out += (
-                self._head, b'"choices":[{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"' % (delta.choice, reason.encode()),
+                self._ids.whole(delta), self._head, b'"choices":[{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"' % (delta.choice, reason.encode()),
                 self._tail,
             )  # fmt: skip
 
@@ -121,7 +129,8 @@ class ChatEvents:
         if self._include_usage:
             fingerprint = to_json(done.system_fingerprint or None)
             out += (
-                self._head, b'"system_fingerprint":', fingerprint, b',"choices":[],"usage":', to_json(usage_body(done.usage)), b"}\n\n",
+                self._ids.first(done), self._head, b'"system_fingerprint":', fingerprint,
+                b',"choices":[],"usage":', to_json(usage_body(done.usage)), b"}\n\n",
             )  # fmt: skip
         out.append(DONE)
 
@@ -137,6 +146,8 @@ class CompletionEvents:
         self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         self._logprobs, self._include_usage = logprobs, include_usage
         self._offsets: dict[int, int] = {}  #: characters of each choice so far
+        self._ended: set[int] = set()  #: choices whose end is out; a run that goes on says it once more
+        self._ids = EventIds(id)
 
     def events(self, frames: Iterable[object]) -> bytes:
         """The events of the frames of one batch, joined; b"" if they show the client nothing."""
@@ -148,13 +159,15 @@ class CompletionEvents:
                 if self._include_usage:
                     fingerprint = to_json(frame.system_fingerprint or None)
                     out += (
-                        self._head, b'"system_fingerprint":', fingerprint, b',"choices":[],"usage":', to_json(usage_body(frame.usage)), b"}\n\n",
+                        self._ids.first(frame), self._head, b'"system_fingerprint":', fingerprint,
+                        b',"choices":[],"usage":', to_json(usage_body(frame.usage)), b"}\n\n",
                     )  # fmt: skip
                 out.append(DONE)
         return b"".join(out)
 
     def _delta(self, delta: Delta, out: list[bytes]) -> None:
-        if not (delta.text or delta.finish_reason or (self._logprobs and delta.logprobs)):
+        ends = bool(delta.finish_reason) and delta.choice not in self._ended
+        if not (delta.text or ends or (self._logprobs and delta.logprobs)):
             return
         logprobs = b"null"
         if self._logprobs:
@@ -162,9 +175,12 @@ class CompletionEvents:
             self._offsets[delta.choice] = offset + len(delta.text)
             if delta.logprobs:
                 logprobs = to_json(completion_logprobs(delta.logprobs, offset))
-        reason = b'"%b"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
+        reason = b"null"
+        if ends:
+            self._ended.add(delta.choice)
+            reason = b'"%b"' % delta.finish_reason.encode()
         out += (
-            self._head, b'"choices":[{"index":%d,"text":' % delta.choice, to_json(delta.text),
+            self._ids.whole(delta), self._head, b'"choices":[{"index":%d,"text":' % delta.choice, to_json(delta.text),
             b',"logprobs":', logprobs, b',"finish_reason":', reason, self._tail,
         )  # fmt: skip
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 
+import msgspec
 from aiohttp import web
-from modelbus.answers import AnswerBuilder
+from modelbus.answers import AnswerBuilder, collect
 from modelbus_broker import names, topology
+from modelbus_broker.attaching import Attaching
 from modelbus_broker.calls import Call
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound, StreamCut
+from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound
 from modelbus_broker.messages import Done
+from modelbus_broker.once import Once
 from modelbus_broker.publisher import CallOptions, Publisher
 from modelbus_broker.registry import Registry
 
 from .delivery import ClientWatch
 from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
+from .event_ids import EventId, read_event_id
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
+from .relay import relay
+from .resuming import Encode, Kind, Rest, View, last_event, read_view, view_text
 from .settings import GatewaySettings
 from .translate import (
     CHAT_BODY,
@@ -55,6 +60,8 @@ class Gateway:
         self.watch = watch
         self.metrics = metrics
         self.traffic = traffic
+        self.attaching = Attaching(publisher)
+        self.once = Once(publisher, self.attaching)
 
     async def body(self, request: web.Request) -> bytes:
         """Raises RequestTooLarge, if the head says so before anything is read."""
@@ -83,15 +90,40 @@ class Gateway:
             )
         return models[0]
 
-    async def submit(self, request: web.Request, exchange: Exchange, name: str, translation: Translation) -> Call:
-        """Publishes the task. Raises what ``Publisher.publish`` raises, and UnsupportedField."""
+    async def submit(
+        self, request: web.Request, exchange: Exchange, name: str, translation: Translation, view: View | None = None
+    ) -> Call:
+        """Publishes the task, or takes up the request that was asked before.
+
+        Raises what ``Publisher.publish``, ``Once.submit`` and ``Attaching.take_up`` raise, and UnsupportedField.
+        """
         model = self.model(name)
         if translation.needs:
             check_needs(translation.needs, name, self.registry.workers_of(model))
-        call = await self.publisher.publish(model, translation.task, _options(request, translation))
+        options = _options(request, translation, view)
+        if translation.stream and (last := request.headers.get("Last-Event-ID")):
+            event = read_event_id(last, "Last-Event-ID")
+            asked = self.publisher.describe(model, translation.task, msgspec.structs.replace(options, id=event.request))
+            call = await self.attaching.take_up(event.request, seen=event.seen, model=model, asked=asked)
+        elif options.idempotency_key:
+            call, earlier = await self.once.submit(model, translation.task, options)
+            if earlier:
+                exchange.headers["idempotent-replayed"] = "true"
+        else:
+            call = await self.publisher.publish(model, translation.task, options)
         exchange.model = model
         exchange.headers["x-request-id"] = call.id
         return call
+
+    async def resume(self, request: web.Request, exchange: Exchange, kind: Kind) -> tuple[Call, View, EventId | None]:
+        """Takes up the stream in the path. Raises what ``Attaching.take_up`` raises, and InvalidRequest."""
+        request_id = request.match_info["id"]
+        event = last_event(request.headers.get("Last-Event-ID"), request.query.get("starting_after"), request_id)
+        call = await self.attaching.take_up(request_id, seen=event.seen if event else None)
+        view = read_view(call.view, kind, request_id, call.model)
+        exchange.model = call.model if self.registry.deployments_of(call.model) else ""
+        exchange.headers["x-request-id"] = request_id
+        return call, view, event
 
 
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
@@ -101,17 +133,17 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
     asked = CHAT_BODY.read(await gateway.body(request))
     translation = translate_chat(asked)
-    call = await gateway.submit(request, exchange, asked.model, translation)
-    created, role, legacy = int(time.time()), gateway.settings.response_role, translation.legacy_functions
+    view = View(
+        kind="chat", model=asked.model, include_usage=translation.include_usage, logprobs=translation.logprobs,
+        legacy_functions=translation.legacy_functions,
+    )  # fmt: skip
+    call = await gateway.submit(request, exchange, asked.model, translation, view)
     if translation.stream:
-        events = ChatEvents(
-            id=call.id, created=created, model=asked.model, role=role, logprobs=translation.logprobs,
-            include_usage=translation.include_usage, legacy_functions=legacy,
-        )  # fmt: skip
-        return await _stream(gateway, request, call, events.events)
+        return await _stream(gateway, request, call, _events(gateway, call, view))
     answer = await _collect(gateway, call)
     body = chat_answer(
-        answer, id=call.id, created=created, model=asked.model, role=role, logprobs=translation.logprobs, legacy_functions=legacy
+        answer, id=call.id, created=_created(call), model=asked.model, role=gateway.settings.response_role,
+        logprobs=translation.logprobs, legacy_functions=translation.legacy_functions,
     )  # fmt: skip
     return await gateway.watch.deliver(request, body, exchange.headers)
 
@@ -120,17 +152,33 @@ async def completions(request: web.Request) -> web.StreamResponse:
     gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
     asked = COMPLETION_BODY.read(await gateway.body(request))
     translation = translate_completion(asked)
-    call = await gateway.submit(request, exchange, asked.model, translation)
-    created = int(time.time())
+    view = View(
+        kind="completion", model=asked.model, include_usage=translation.include_usage, logprobs=translation.logprobs
+    )
+    call = await gateway.submit(request, exchange, asked.model, translation, view)
     if translation.stream:
-        events = CompletionEvents(
-            id=call.id, created=created, model=asked.model, logprobs=translation.logprobs,
-            include_usage=translation.include_usage,
-        )  # fmt: skip
-        return await _stream(gateway, request, call, events.events)
+        return await _stream(gateway, request, call, _events(gateway, call, view))
     answer = await _collect(gateway, call)
-    body = completion_answer(answer, id=call.id, created=created, model=asked.model, logprobs=translation.logprobs)
+    body = completion_answer(
+        answer, id=call.id, created=_created(call), model=asked.model, logprobs=translation.logprobs
+    )
     return await gateway.watch.deliver(request, body, exchange.headers)
+
+
+async def chat_stream(request: web.Request) -> web.StreamResponse:
+    """The rest of a chat completion's stream, whoever began it."""
+    return await _resume(request, "chat")
+
+
+async def completion_stream(request: web.Request) -> web.StreamResponse:
+    """The rest of a text completion's stream, whoever began it."""
+    return await _resume(request, "completion")
+
+
+async def _resume(request: web.Request, kind: Kind) -> web.StreamResponse:
+    gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
+    call, view, last = await gateway.resume(request, exchange, kind)
+    return await _stream(gateway, request, call, _events(gateway, call, view), last)
 
 
 async def embeddings(request: web.Request) -> web.StreamResponse:
@@ -190,31 +238,61 @@ async def metrics(request: web.Request) -> web.Response:
     )
 
 
+def _events(gateway: Gateway, call: Call, view: View) -> Encode:
+    """Makes events of frames."""
+    created = _created(call)
+    if view.kind == "chat":
+        return ChatEvents(
+            id=call.id, created=created, model=view.model, role=gateway.settings.response_role, logprobs=view.logprobs,
+            include_usage=view.include_usage, legacy_functions=view.legacy_functions,
+        ).events  # fmt: skip
+    return CompletionEvents(
+        id=call.id, created=created, model=view.model, logprobs=view.logprobs, include_usage=view.include_usage
+    ).events
+
+
+def _created(call: Call) -> int:
+    """The same from whichever gateway an answer comes."""
+    return names.started_ms_of(call.id) // 1000
+
+
 async def _stream(
-    gateway: Gateway, request: web.Request, call: Call, encode: Callable[[list[object]], bytes]
+    gateway: Gateway, request: web.Request, call: Call, encode: Encode, last: EventId | None = None
 ) -> web.StreamResponse:
-    """Streams an answer. Until its first byte is out an error is an ordinary response; later it is the last event.
+    """Streams an answer, or what follows after an event of it. Until the headers are out an error is an ordinary
+    response; later it is the last event.
 
     ``[DONE]`` comes only after a complete answer, so a cut one never looks finished.
     """
     exchange = request[EXCHANGE]
-    begun, done = False, None
+    if last is None and (header := request.headers.get("Last-Event-ID")):
+        last = read_event_id(header, "Last-Event-ID")
+    if last is not None:
+        encode = Rest(encode, last).events
+    begun = False
+    done: Done | None = None
     with gateway.watch.event_stream(request, exchange.headers) as delivery:
         try:
             async with call:
-                async for batch in call.batches():
-                    data = encode(batch)  # type: ignore[arg-type]  # a list that is only read
+                if call.outlives and call.failure is None:
+                    # Who may come back needs the id, whenever the first output comes.
+                    if not call.attached:
+                        await call.stored()
+                    await delivery.begin()
+                while done is None:
+                    if begun and delivery.takes_more:
+                        done = await relay(call, delivery, encode)
+                        continue
+                    batch = await call.batch()
+                    data = encode(batch)
+                    if type(end := batch[-1]) is Done:
+                        done = end
                     if not data:
                         continue
                     if not begun:
                         begun = True
                         gateway.metrics.first_token(exchange.model, time.monotonic() - exchange.started)
                     await delivery.write(data)
-                    last = batch[-1]
-                    if isinstance(last, Done):
-                        done = last
-            if done is None:
-                raise StreamCut()
         except ModelBusError as error:
             if not delivery.begun:
                 raise
@@ -222,34 +300,40 @@ async def _stream(
             delivery.response.force_close()
             await delivery.write(error_event(error_body(error)))
         else:
-            gateway.metrics.tokens(exchange.model, done.usage)
+            if not call.attached:
+                gateway.metrics.tokens(exchange.model, done.usage)
         return await delivery.end()
 
 
 async def _collect(gateway: Gateway, call: Call) -> AnswerBuilder:
-    answer = AnswerBuilder()
-    async with call:
-        async for batch in call.batches():
-            for frame in batch:
-                answer.add(frame)
-    if answer.done is None:
-        raise StreamCut()
-    gateway.metrics.tokens(call.model, answer.done.usage)
+    answer = await collect(call)
+    if not call.attached:
+        gateway.metrics.tokens(call.model, answer.usage)
     return answer
 
 
-def _options(request: web.Request, translation: Translation) -> CallOptions:
+def _options(request: web.Request, translation: Translation, view: View | None) -> CallOptions:
     headers = request.headers
+    key = headers.get("Idempotency-Key", "")
+    if len(key) > 255:
+        raise InvalidRequest("The header 'Idempotency-Key' has at most 255 characters.", param="Idempotency-Key")
     timeout_s = translation.timeout_s
     if not timeout_s and (given := headers.get("X-Request-Timeout")) is not None:
         timeout_s = _header_timeout(given)
     return CallOptions(
         budget_ms=max(1, round(timeout_s * 1000)) if timeout_s else 0,
         stream=translation.stream,
-        wait=headers.get("X-Modelbus-Wait", "").lower() in ("1", "true", "yes"),
+        wait=_says_yes(headers.get("X-Modelbus-Wait")),
+        idempotency_key=key,
+        outlives=translation.stream and _says_yes(headers.get("X-Modelbus-Resumable")),
+        view=view_text(view) if view is not None and (translation.stream or key) else "",
         traceparent=headers.get("traceparent", ""),
         tracestate=headers.get("tracestate", ""),
     )
+
+
+def _says_yes(header: str | None) -> bool:
+    return header is not None and header.lower() in ("1", "true", "yes")
 
 
 def _header_timeout(given: str) -> float:

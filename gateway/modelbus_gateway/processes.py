@@ -8,6 +8,7 @@ parent is gone is ended by the kernel.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -89,7 +90,8 @@ class _Supervisor:
     def _signal(self, number: signal.Signals) -> None:
         self._stopping.set()
         for process in self._running:
-            process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                process.send_signal(number)
 
     async def _keep(self, one_ready: Callable[[], None]) -> None:
         """Runs one of the processes and starts it again when it ends by itself."""
@@ -122,7 +124,8 @@ class _Supervisor:
         self._running.add(process)
         try:
             if self._stopping.is_set():  # it came while the process was made
-                process.terminate()
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
             process.stdin.write(self._job)
             process.stdin.close()
             got_ready = await process.stdout.readline() == READY

@@ -11,6 +11,7 @@ from aiohttp import web
 from modelbus_broker import garbage
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import ConfigurationError, GatewayStopping
+from modelbus_broker.scheduling import prefer_throughput
 
 from .app import create_app
 from .handlers import GATEWAY
@@ -92,6 +93,7 @@ async def serve(settings: GatewaySettings, ready: Callable[[], None], *, reuse_p
         loop.add_signal_handler(number, stop.set)
     async with listening(settings, reuse_port=reuse_port):
         garbage.settle()
+        prefer_throughput()
         ready()
         await stop.wait()
         serving = asyncio.current_task()

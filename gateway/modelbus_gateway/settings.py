@@ -37,6 +37,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     #: Other names that clients may use: name -> model. A model of "" means the only one that is deployed.
     served_model_names: Mapping[str, str] = {}
     max_body_bytes: int = 64 * 1024 * 1024
+    headers_after_s: float = 0.5  #: a stream's headers wait so long for its first output, or for an error
+    orphan_grace_s: float = 30.0  #: a resumable request goes on so long after its client has hung up
     keep_alive_comment_s: float = 15.0  #: silence on an event stream before a comment goes out
     client_stall_s: float = 60.0  #: a client that takes nothing for so long is cut
     shutdown_grace_s: float = 30.0  #: running requests have so long after SIGTERM
@@ -88,6 +90,9 @@ def gateway_settings(arguments: Sequence[str]) -> GatewaySettings:
     for name in ("max_body_mb", "client_stall", "shutdown_grace"):
         if getattr(given, name) <= 0:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be more than 0")
+    for name in ("headers_after", "orphan_grace"):
+        if getattr(given, name) < 0:
+            raise ConfigurationError(f"--{name.replace('_', '-')} must not be negative")
     settings = GatewaySettings(
         bus=bus_settings(
             given.address, given.creds, tls_ca=given.tls_ca, tls_cert=given.tls_cert, tls_key=given.tls_key
@@ -107,6 +112,8 @@ def gateway_settings(arguments: Sequence[str]) -> GatewaySettings:
         max_body_bytes=int(given.max_body_mb * 1024 * 1024),
         client_stall_s=given.client_stall,
         shutdown_grace_s=given.shutdown_grace,
+        headers_after_s=given.headers_after,
+        orphan_grace_s=given.orphan_grace,
         log_level=given.log_level,
     )
     settings.tls()  # a file that cannot be used stops the program here and not in each process
@@ -166,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-body-mb", type=float, default=64.0, help="largest request body, MiB (default: 64)")
     add("--client-stall", type=float, default=60.0, help="cut a client that takes nothing for so many seconds (60)")
     add("--shutdown-grace", type=float, default=30.0, help="seconds that running requests have after SIGTERM (30)")
+    add("--headers-after", type=float, default=0.5, help="a stream's headers wait so many seconds for its output (0.5)")
+    add(
+        "--orphan-grace",
+        type=float,
+        default=30.0,
+        help="seconds that a resumable request goes on without a client (30)",
+    )
     add("--log-level", default="info", choices=LOG_LEVELS, type=str.lower, help="(default: info)")
     return parser
 

@@ -134,7 +134,7 @@ async def collect(call: Call) -> AnswerBuilder:
     """Reads a call to its end. Raises what the call raises; cancelling it cancels the request on the bus."""
     builder = AnswerBuilder()
     async with call:
-        async for batch in call.batches():
-            for frame in batch:
+        while builder.done is None:
+            for frame in await call.batch():
                 builder.add(frame)
     return builder

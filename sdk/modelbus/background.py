@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_CANCEL_S = 3.0
+
 
 class BackgroundLoop:
     """Runs coroutines for other threads. The thread is a daemon: it never keeps a program alive."""
@@ -20,7 +22,7 @@ class BackgroundLoop:
         self._thread: threading.Thread | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Waits for a coroutine's result. Ctrl-C cancels it.
+        """Waits for a coroutine's result. Ctrl-C cancels it, and gives it a moment to take its request back.
 
         Raises:
             RuntimeError: called on the loop's own thread, where waiting would never end.
@@ -31,13 +33,16 @@ class BackgroundLoop:
                 "a blocking modelbus call was made on modelbus' own event loop, for instance in a callback: "
                 "use `modelbus.connect()` and await there"
             )
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        ended = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(_until_ended(coroutine, ended), self._running())
         try:
             return future.result()
         except CancelledError:
             raise RuntimeError("the call was cancelled: modelbus was disconnected meanwhile") from None
         except BaseException:
-            future.cancel()
+            # The thread dies with the program, which may end now.
+            if future.cancel():
+                ended.wait(_CANCEL_S)
             raise
 
     def stop(self) -> None:
@@ -57,6 +62,13 @@ class BackgroundLoop:
                 self._thread = threading.Thread(target=_serve, args=(self._loop,), name="modelbus", daemon=True)
                 self._thread.start()
             return self._loop
+
+
+async def _until_ended(coroutine: Coroutine[Any, Any, T], ended: threading.Event) -> T:
+    try:
+        return await coroutine
+    finally:
+        ended.set()
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

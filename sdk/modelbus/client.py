@@ -15,9 +15,11 @@ from typing import Any, Self
 
 import msgspec
 from modelbus_broker.calls import Call
+from modelbus_broker.cancelling import cancel
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, InvalidRequest
 from modelbus_broker.messages import (
+    Cancelled,
     Chat,
     ChatMessage,
     Delta,
@@ -276,6 +278,15 @@ class Client:
             dimensions=builder.dimensions,
             usage=builder.usage,
         )
+
+    async def cancel(self, request_id: str) -> Cancelled:
+        """Cancels a request of anybody by its id; says what had become of it until then.
+
+        Raises:
+            InvalidRequest: the text is no request id.
+            BusUnavailable: the bus does not answer.
+        """
+        return await cancel(self.bus, request_id)
 
     async def models(self) -> list[ModelInfo]:
         """What is deployed, by name, with how busy it is."""

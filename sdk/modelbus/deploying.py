@@ -207,6 +207,8 @@ def _wish(spec: DeploySpec, choice: EngineChoice, nodes: Iterable[NodeRecord]) -
         budget_ms=round(spec.budget_s * 1000),
         priority=spec.priority,
         drain_s=spec.drain_s,
+        engine_stall_s=spec.engine_stall_s,
+        orphan_grace_s=spec.orphan_grace_s,
         created_ms=time.time_ns() // 1_000_000,
     )
 

@@ -56,6 +56,8 @@ class DeploySpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""  #: of the deployment; "" = the model's
     timeout_s: float = 600.0  #: for coming up
     drain_s: float = 25.0  #: a worker that is stopped finishes what it can for so long, then hands over
+    engine_stall_s: float = 60.0  #: a worker whose engine makes no step for so long while requests run ends; 0: never
+    orphan_grace_s: float = 30.0  #: a stream runs on for so long when its gateway is gone
 
     @property
     def deployment(self) -> str:
@@ -206,5 +208,11 @@ def _check_numbers(spec: DeploySpec) -> None:
         raise ConfigurationError(f"--priority {spec.priority} is out of range: 0 is served first, 9 last")
     if not 0 <= spec.drain_s <= 3600:
         raise ConfigurationError(f"--drain_s {spec.drain_s:g} is out of range: 0 to 3600 seconds")
+    if spec.engine_stall_s and not 1 <= spec.engine_stall_s <= 86400:
+        raise ConfigurationError(
+            f"--engine_stall_s {spec.engine_stall_s:g} is out of range: 1 to 86400 seconds, or 0 for never"
+        )
+    if not 3 <= spec.orphan_grace_s <= 86400:
+        raise ConfigurationError(f"--orphan_grace_s {spec.orphan_grace_s:g} is out of range: 3 to 86400 seconds")
     if spec.budget_s <= 0 or spec.timeout_s <= 0:
         raise ConfigurationError("--budget_s and --timeout_s must be more than 0")

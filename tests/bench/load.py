@@ -34,6 +34,7 @@ class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
     warmup_s: float = 0.5  #: before it; the connections start spread over this time
     stream: bool = False
     once: bool = False  #: one request per connection, to its end, however long it takes
+    requests: int = 0  #: so many in all, however long they take, and no warm-up
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +64,7 @@ class _Run:
         ).encode() + body
         self.loop = asyncio.get_running_loop()
         self.measuring = False
+        self.sent = 0
         self.requests = self.errors = self.frames = self.ended = 0
         self.latencies: list[float] = []
         self.firsts: list[float] = []
@@ -102,6 +104,10 @@ class _Connection(asyncio.Protocol):
     def send(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return
+        if self.run.job.requests and self.run.sent >= self.run.job.requests:
+            self.run.one_ended()
+            return
+        self.run.sent += 1
         self.buffer, self.in_body, self.waiting_for_first = b"", False, True
         self.sent = perf_counter()
         self.transport.write(self.run.request)
@@ -178,11 +184,11 @@ async def load(job: LoadJob) -> LoadResult:
         _, connection = await run.loop.create_connection(lambda: _Connection(run), job.host, job.port)
         connections.append(connection)
     began = run.loop.time()
-    run.measuring = job.once
+    run.measuring = counted = job.once or bool(job.requests)
     for number, connection in enumerate(connections):
         run.loop.call_at(began + job.warmup_s * 0.9 * number / job.connections, connection.send)
-    if job.once:
-        async with asyncio.timeout(job.seconds + 60):
+    if counted:
+        async with asyncio.timeout(None if job.requests else job.seconds + 60):
             await run.all_ended.wait()
         measured = run.loop.time() - began
     else:

@@ -1,6 +1,6 @@
 """`make bench`: measures modelbus beside a bare aiohttp server that answers with the same bytes.
 
-    python -m tests.bench.run [ROW ...] [--seconds S] [--rounds N]
+    python -m tests.bench.run [ROW ...] [--seconds S] [--rounds N] [--requests N]
 
 Everything runs on this machine at once, the load generator included. Runs of both sides alternate; a ratio is the
 median of the rounds' own ratios, so that a slow moment of the machine touches both sides of it.
@@ -22,26 +22,13 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from modelbus_broker.storing import PublisherSettings
 
+from .failing import cancel, failover
 from .load import LoadJob, LoadResult
+from .plan import Line, Plan
+from .soak import soak
 from .stand import LITELLM, ROOT, Stand, stand
 
 LONG_PROMPT = "word " * 99_999 + "word"
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the table."""
-
-    what: str
-    modelbus: str
-    other: str
-    result: str
-    goal: str = ""
-    met: bool | None = None  #: None: it has no goal
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    seconds: float
-    rounds: int
 
 
 async def chat(stand: Stand, plan: Plan) -> list[Line]:
@@ -214,6 +201,30 @@ async def litellm(stand: Stand, plan: Plan) -> list[Line]:
     return lines
 
 
+async def guarantees(stand: Stand, plan: Plan) -> list[Line]:
+    """Streams as fast as they come, with their frames kept for clients that come back (`MB_OUT`) and without."""
+    job = await _side(stand, "flood", stream=True)
+    rounds = []
+    for _ in range(plan.rounds):
+        results = {}
+        for name in ("kept", "not kept"):
+            await stand.keep_frames(name == "kept")
+            part = msgspec.structs.replace(plan, rounds=1)
+            results[name] = (await _alternate(stand, part, {name: job}, connections=64))[0][name]
+        rounds.append(results)
+    await stand.keep_frames(True)
+    ratio = statistics.median(results["kept"].frames_per_s / results["not kept"].frames_per_s for results in rounds)
+    kept, not_kept = (_median(rounds, side, lambda result: result.frames_per_s) for side in ("kept", "not kept"))
+    return [
+        Line(
+            what="64 streams, as fast as they come: frames kept (MB_OUT)",
+            modelbus=f"{kept:,.0f} frames/s",
+            other=f"{not_kept:,.0f} frames/s (not kept)",
+            result=f"{ratio:.2f}",
+        )
+    ]
+
+
 Row = Callable[[Stand, Plan], Awaitable[list[Line]]]
 ROWS: dict[str, Row] = {
     "chat": chat,
@@ -224,6 +235,10 @@ ROWS: dict[str, Row] = {
     "memory": memory,
     "imports": imports,
     "litellm": litellm,
+    "guarantees": guarantees,
+    "failover": failover,
+    "cancel": cancel,
+    "soak": soak,
 }
 
 
@@ -304,8 +319,9 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", choices=[[], *ROWS], metavar="ROW", help="all of them when none is named")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one run (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating runs of each side (default: 5)")
+    parser.add_argument("--requests", type=int, default=300_000, help="of the row soak (default: 300000)")
     given = parser.parse_args()
-    plan = Plan(seconds=given.seconds, rounds=given.rounds)
+    plan = Plan(seconds=given.seconds, rounds=given.rounds, requests=given.requests)
     began = time.monotonic()
     lines = asyncio.run(measure(given.rows or list(ROWS), plan))
     print(f"\n{_table(lines)}\n")

@@ -28,7 +28,7 @@ from modelbus_broker.registry import Registry
 from modelbus_broker.server import EmbeddedServer, ServerSettings
 from modelbus_broker.settings import BusSettings
 from modelbus_broker.storing import PublisherSettings
-from modelbus_broker.topology import declare_bus, declare_model
+from modelbus_broker.topology import declare_bus, declare_memory, declare_model
 from modelbus_workers.job import WorkerJob
 
 from .bare import Answers
@@ -44,6 +44,9 @@ MODELS: dict[str, tuple[str, dict[str, str], bool]] = {
     "chat": ("echo", {"text": ANSWER}, True),
     "chat-without-usage-events": ("echo", {"text": ANSWER}, False),
     "paced": ("echo", {"text": ANSWER, "tokens": "100", "interval_ms": "20"}, True),
+    "flood": ("echo", {"text": ANSWER, "tokens": "200", "chunk": "1"}, True),
+    "steady": ("echo", {"text": ANSWER, "tokens": "250", "interval_ms": "20"}, True),
+    "endless": ("echo", {"text": ANSWER, "tokens": "100000", "interval_ms": "20"}, True),
     "held": ("echo", {"text": ANSWER, "tokens": "20", "interval_ms": "500"}, True),
 }
 
@@ -56,7 +59,7 @@ class Stand:
         self.bus = bus
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._workers: set[str] = set()
+        self._workers: dict[str, list[tuple[str, subprocess.Popen[bytes]]]] = {}
         self._gateways: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
         self._bares: dict[str, int] = {}
 
@@ -64,7 +67,7 @@ class Stand:
         """Has a worker of this model ready; with ``upstream`` on the engine ``openai`` in front of that URL."""
         if name in self._workers:
             return
-        self._workers.add(name)
+        self._workers[name] = []
         engine, params, usage_events = MODELS.get(name, ("openai", {}, True))
         if upstream:
             params = {"base_url": upstream, "api_key": "none", "model": "chat", "task": "chat"}
@@ -74,20 +77,51 @@ class Stand:
         )  # fmt: skip
         await declare_model(self.bus, name)
         await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(names.deployment_key(name), encode(deployment))
+        await self._worker(deployment, usage_events)
+
+    async def another_worker(self, name: str) -> None:
+        """One more worker of a model that is there already."""
+        engine, params, usage_events = MODELS[name]
+        deployment = Deployment(
+            name=name, model=name, engine=engine, revision="1", engine_params=params, slots=2048, replicas=2,
+            pretrained_model_type="echo",
+        )  # fmt: skip
+        await self._worker(deployment, usage_events)
+
+    async def _worker(self, deployment: Deployment, usage_events: bool) -> None:
+        name = deployment.name
         job = WorkerJob(
             worker_id=names.new_worker_id(), deployment=deployment, bus=BusSettings(url=self.server.url), node="bench",
-            params=params, usage_events=usage_events, log_level="WARNING",
+            params=deployment.engine_params, usage_events=usage_events, log_level="WARNING",
         )  # fmt: skip
         worker = self._start([sys.executable, "-m", "modelbus_workers.worker"], f"worker-{name}")
         assert worker.stdin is not None
         worker.stdin.write(msgspec.json.encode(job))
         worker.stdin.close()
+        self._workers[name].append((job.worker_id, worker))
         registry = Registry(self.bus)
         await registry.start()
         try:
-            await self._until(lambda: bool(registry.workers_of(name)), worker, f"worker-{name}")
+            ready = lambda: any(record.id == job.worker_id for record in registry.workers_of(name))  # noqa: E731
+            await self._until(ready, worker, f"worker-{name}")
+            compats = sorted({record.compat for record in registry.workers_of(name) if record.compat})
+            await declare_model(self.bus, name, compats=compats)
         finally:
             await registry.close()
+
+    def kill_worker(self, name: str, worker_id: str) -> None:
+        """SIGKILL; returns when the process has ended."""
+        found = next((id, process) for id, process in self._workers[name] if id == worker_id)
+        self._workers[name].remove(found)
+        found[1].kill()
+        found[1].wait()
+
+    async def keep_frames(self, keep: bool) -> None:
+        """Declares the stream that keeps frames for clients that come back, or removes it."""
+        if keep:
+            await declare_memory(self.bus)
+        else:
+            await self.bus.js_request(f"STREAM.DELETE.{names.STREAM_OUT}")
 
     async def gateway(self, publishing: PublisherSettings | None = None) -> int:
         """The port of a gateway: the real command, or one with guarantees switched off."""
@@ -117,6 +151,10 @@ class Stand:
     def gateway_rss_mib(self) -> float:
         """The memory of the real gateway now, MiB."""
         return float(psutil.Process(self._gateways[repr(None)][1].pid).memory_info().rss) / 2**20
+
+    def worker_rss_mib(self, name: str) -> float:
+        """The memory of a model's first worker now, MiB."""
+        return float(psutil.Process(self._workers[name][0][1].pid).memory_info().rss) / 2**20
 
     def gateway_cpu_s(self) -> float:
         times = psutil.Process(self._gateways[repr(None)][1].pid).cpu_times()

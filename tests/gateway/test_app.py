@@ -18,8 +18,9 @@ from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.gateway.conftest import StartGateway, free_port
+from tests.gateway.conftest import StartGateway
 from tests.helpers.cluster import Cluster
+from tests.helpers.command_line import free_port
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}
@@ -281,7 +282,7 @@ async def test_metrics_count_requests_tokens_and_queues(echo_url: str, http: aio
 
 
 async def test_a_queue_that_stands_still_is_in_the_metrics() -> None:
-    metrics = Metrics()
+    metrics = Metrics(lambda: 0)
     metrics.stuck(["moves", "stands"], {"stands": 12.0})
     text = metrics.exposition().decode()
     assert 'modelbus_queue_stuck{model="stands"} 1.0' in text

@@ -142,7 +142,7 @@ async def test_an_error_before_the_first_byte_has_its_status(
     cluster: Cluster, start_gateway: StartGateway, http: aiohttp.ClientSession
 ) -> None:
     await cluster.deploy_echo(fail="always")
-    url = await start_gateway()
+    url = await start_gateway(headers_after_s=60.0)
     for stream in (False, True):
         async with http.post(url + CHAT, json={"model": "echo", "messages": [USER], "stream": stream}) as response:
             assert response.status >= 500

@@ -30,7 +30,9 @@ def chat_events(**options: Any) -> ChatEvents:
 
 def payloads(data: bytes) -> list[Any]:
     assert data.endswith(b"\n\n")
-    lines = data.decode().removesuffix("\n\n").split("\n\n")
+    events = data.decode().removesuffix("\n\n").split("\n\n")
+    assert all(event.startswith("id: ") for event in events if "data: {" in event)
+    lines = [event.rpartition("\n")[2] for event in events]
     assert all(line.startswith("data: ") for line in lines)
     return [msgspec.json.decode(line[6:]) if line != "data: [DONE]" else "[DONE]" for line in lines]
 

@@ -10,8 +10,9 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.gateway.conftest import Start, free_port
 from tests.helpers.cluster import Cluster
+from tests.helpers.command_line import free_port
+from tests.helpers.gateways import Start
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}

@@ -10,9 +10,9 @@ from typing import Any
 import aiohttp
 import openai
 
-from tests.gateway.conftest import Start
 from tests.helpers.asking import outcomes, settled, whole
 from tests.helpers.cluster import Cluster
+from tests.helpers.gateways import Start
 
 WORDS = "no one who asks shall notice"
 QUESTION: Any = [{"role": "user", "content": WORDS}]

@@ -6,13 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Collection
 
-import msgspec
 from modelbus.testing.echo import echo_answer
 from modelbus_broker import names
 from modelbus_broker.calls import Call, Restarted
 from modelbus_broker.connection import Bus
-from modelbus_broker.messages import Chat, ChatMessage, Delta, Sampling, decode_usage_events
+from modelbus_broker.messages import Chat, ChatMessage, Delta, Sampling, UsageEvent, decode_usage_events
 from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.reading import read_stream
 from modelbus_broker.topology import queued, running
 
 
@@ -98,11 +98,12 @@ async def settled(bus: Bus, model: str) -> None:
             await asyncio.sleep(0.05)
 
 
+async def usage_events(bus: Bus) -> list[UsageEvent]:
+    """One for each run that has ended, in the order in which they were booked."""
+    found = [message async for message in read_stream(bus, names.STREAM_USAGE, names.USAGE)]
+    return [event for message in found for event in decode_usage_events(message.data)]
+
+
 async def outcomes(bus: Bus) -> Counter[str]:
     """How all runs ended, by their usage events."""
-    found: Counter[str] = Counter()
-    last = (await bus.js_request(f"STREAM.INFO.{names.STREAM_USAGE}"))["state"]["last_seq"]
-    for seq in range(1, last + 1):
-        message = await bus.request(f"$JS.API.DIRECT.GET.{names.STREAM_USAGE}", msgspec.json.encode({"seq": seq}))
-        found.update(event.outcome for event in decode_usage_events(message.data))
-    return found
+    return Counter(event.outcome for event in await usage_events(bus))

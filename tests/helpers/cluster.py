@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,14 +27,15 @@ from modelbus_workers.job import WorkerJob
 class WorkerProcess:
     """One ``python -m modelbus_workers.worker``."""
 
-    def __init__(self, job: WorkerJob, log_file: Path) -> None:
+    def __init__(self, job: WorkerJob, log_file: Path, prefix: Sequence[str] = ()) -> None:
         self.id = job.worker_id
         self.deployment = job.deployment
         self.log_file = log_file
         with log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "modelbus_workers.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log
-            )
+                [*prefix, sys.executable, "-m", "modelbus_workers.worker"],
+                stdin=subprocess.PIPE, stdout=log, stderr=log,
+            )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(job))
         self.process.stdin.close()
@@ -49,19 +51,28 @@ class WorkerProcess:
         return self.log_file.read_text(errors="replace")
 
 
-class Cluster:
-    """A bus with workers on it."""
+def echo_deployment(model: str = "echo", *, workers: int = 1, **params: str) -> Deployment:
+    """A model on the echo engine. ``slots``, ``max_crashes`` and the times ``..._s`` are the deployment's."""
+    slots, max_crashes = int(params.pop("slots", "0")), int(params.pop("max_crashes", "3"))
+    times = {name: float(params.pop(name)) for name in list(params) if name.endswith("_s")}
+    wish = Deployment(name=model, model=model, engine="echo", revision="1", replicas=workers, slots=slots)
+    return msgspec.structs.replace(wish, engine_params=params, max_crashes=max_crashes, **times)
 
-    def __init__(self, *, bus: Bus, server: EmbeddedServer, folder: Path) -> None:
+
+class Cluster:
+    """A bus with workers on it. ``url`` names all servers where the bus has several."""
+
+    def __init__(self, *, bus: Bus, server: EmbeddedServer, folder: Path, url: str = "") -> None:
         self.bus = bus
         self.server = server
+        self._url = url
         self.folder = folder
         self.workers: list[WorkerProcess] = []
         self._publishers: list[tuple[Publisher, Registry, Bus]] = []
 
     @property
     def settings(self) -> BusSettings:
-        return BusSettings(url=self.server.url)
+        return BusSettings(url=self._url or self.server.url)
 
     async def declare(self, deployment: Deployment) -> None:
         """Writes a deployment and makes its consumers, as deploy does; no node is told to start it."""
@@ -69,7 +80,10 @@ class Cluster:
         key = names.deployment_key(deployment.name)
         await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(key, encode(deployment))
 
-    def start_worker(self, deployment: Deployment, *, replica: int = 0, node: str = "test") -> WorkerProcess:
+    def start_worker(
+        self, deployment: Deployment, *, replica: int = 0, node: str = "test", prefix: Sequence[str] = ()
+    ) -> WorkerProcess:
+        """``prefix`` is a command that runs it, on another host for instance."""
         job = WorkerJob(
             worker_id=names.new_worker_id(),
             deployment=deployment,
@@ -78,23 +92,13 @@ class Cluster:
             node=node,
             params=deployment.engine_params,
         )
-        worker = WorkerProcess(job, self.folder / f"worker-{len(self.workers)}.log")
+        worker = WorkerProcess(job, self.folder / f"worker-{len(self.workers)}.log", prefix)
         self.workers.append(worker)
         return worker
 
     async def deploy_echo(self, model: str = "echo", *, workers: int = 1, **params: str) -> list[WorkerProcess]:
-        """A model on the echo engine, with its workers ready. ``slots`` and ``drain_s`` are the deployment's."""
-        slots, drain_s = int(params.pop("slots", "0")), float(params.pop("drain_s", "25"))
-        deployment = Deployment(
-            name=model,
-            model=model,
-            engine="echo",
-            revision="1",
-            engine_params=params,
-            replicas=workers,
-            slots=slots,
-            drain_s=drain_s,
-        )
+        """A model on the echo engine, with its workers ready; see ``echo_deployment``."""
+        deployment = echo_deployment(model, workers=workers, **params)
         await self.declare(deployment)
         started = [self.start_worker(deployment, replica=n) for n in range(workers)]
         await self.wait_ready(model, workers)

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -27,6 +27,7 @@ from modelbus_broker.settings import BusSettings, BusState
 from modelbus_broker.topology import declare_bus, declare_model
 
 from tests.helpers.hosts import NodeProcess, alive, placed, until, wish
+from tests.helpers.namespaces import Namespace
 
 
 class BusProcess:
@@ -147,49 +148,6 @@ async def test_who_listens_asks_for_credentials_even_on_this_host(tmp_path: Path
             await declare_bus(connection)
     finally:
         await bus.stop()
-
-
-class Namespace:
-    """A network namespace that reaches this one through a pair of interfaces: as good as a second host."""
-
-    def __init__(self) -> None:
-        tag = f"{os.getpid() % 0xFFFF:04x}"
-        self.name, self._near, self._far = f"mb{tag}", f"mbn{tag}", f"mbf{tag}"
-        third = os.getpid() % 250 + 1
-        self.host, self.guest = f"10.213.{third}.1", f"10.213.{third}.2"
-
-    def open(self) -> None:
-        self._ip("netns", "add", self.name)
-        self._ip("link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self.name)
-        self._ip("addr", "add", f"{self.host}/30", "dev", self._near)
-        self._ip("link", "set", self._near, "up")
-        for arguments in (["addr", "add", f"{self.guest}/30", "dev", self._far], ["link", "set", self._far, "up"]):
-            self._ip("-n", self.name, *arguments)
-
-    def close(self) -> None:
-        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
-
-    @property
-    def prefix(self) -> Sequence[str]:
-        return ("ip", "netns", "exec", self.name)
-
-    @staticmethod
-    def _ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-@pytest.fixture
-def namespace() -> Iterator[Namespace]:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("a network namespace needs root and the command ip")
-    space = Namespace()
-    try:
-        space.open()
-    except subprocess.CalledProcessError as error:
-        space.close()
-        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
-    yield space
-    space.close()
 
 
 @pytest.fixture

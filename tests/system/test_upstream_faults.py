@@ -97,7 +97,7 @@ async def stand(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stand
             cluster.start_worker(deployment)
         await cluster.wait_ready("alone", 1)
         await cluster.wait_ready("pair", 2)
-        settings = GatewaySettings(bus=bus.settings, port=free_port(), shutdown_grace_s=2.0)
+        settings = GatewaySettings(bus=bus.settings, port=free_port(), shutdown_grace_s=2.0, headers_after_s=60.0)
         await stack.enter_async_context(listening(settings))
         yield Stand(settings.address, bus, faulty, healthy)
 
@@ -140,10 +140,11 @@ async def ask(url: str, model: str, *, stream: bool) -> Seen:
         seen.text, seen.finish_reason = choice["message"]["content"], choice["finish_reason"]
     else:
         for event in data.decode().split("\n\n"):
-            payload = event.removeprefix("data: ")
+            line = event.rpartition("\n")[2]  # an id may come before
+            payload = line.removeprefix("data: ")
             if payload == "[DONE]":
                 seen.done = True
-            elif event.startswith("data: "):
+            elif line.startswith("data: "):
                 assert not seen.done and not seen.error, "nothing follows the end"
                 read_event(seen, json.loads(payload))
     return seen

@@ -24,6 +24,16 @@ RUN_ALONE = Decision("run_alone")
 AVOID_MS = 30_000
 
 
+def clock_offset_ms(asked_ms: float, answered_ms: float, server_ms: float) -> float:
+    """The server's clock minus ours, from one question to it: it looked at its clock halfway, as far as we know.
+
+    Args:
+        asked_ms, answered_ms: Unix time by our clock.
+        server_ms: Unix time in its answer.
+    """
+    return server_ms - (asked_ms + answered_ms) / 2
+
+
 def decide(
     request: Request,
     *,

@@ -91,7 +91,7 @@ class Draining:
         for execution in list(self._intake.executions.values()):
             log.warning("the engine does not let go of request %s", execution.request.id)
             self._intake.hand_over_now(execution)
-        await self._intake.outbox.flush()
+        self._intake.outbox.flush()
         await self._liveness.settle(CONFIRM_S)
         for execution in [*left, *handed]:
             key = names.run_key(execution.request.id, execution.run)

@@ -32,6 +32,9 @@ from .outbox import Outbox, Ring
 log = logging.getLogger(__name__)
 
 VECTOR_FRAME_BYTES = 512 << 10
+#: A request with less time left than this has a timer of its own.
+TIMER_S = 30.0
+_FRAMES_BEFORE_OUTPUT = 2
 
 
 class Execution:
@@ -42,10 +45,11 @@ class Execution:
         wanted: False once somebody told us to stop: its outcome is "cancelled" and no error.
         counts: False once another run of the request counts: it says nothing more and never acknowledges.
         handed_over: another worker goes on; its publisher, and not this worker, lets the message go.
+        asks: it waits for its publisher's word before it starts.
     """
 
     __slots__ = (
-        "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
+        "asks", "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
         "run", "seq", "started_at",
         "state", "stop_reason", "task",
     )  # fmt: skip
@@ -67,8 +71,14 @@ class Execution:
         self.stop_reason = ""
         self.failure = ""  #: the error that it ended with, in words
         self.counts = True
+        self.asks = False
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """More than `accepted` and `started` has been said."""
+        return self.seq > _FRAMES_BEFORE_OUTPUT
 
     def next_seq(self) -> int:
         seq = self.seq
@@ -76,8 +86,8 @@ class Execution:
         return seq
 
     def stop(self, reason: str) -> None:
-        """Aborts the engine's work."""
-        if self.state != "ended":
+        """Aborts the engine's work, once: an engine that takes its time to let go is not disturbed in that."""
+        if self.state != "ended" and not self.cancelled:
             self.cancelled, self.stop_reason = True, reason
             # A task that is cancelled before its first step never enters its own code, and would not end the run.
             if self.task is not None and self.entered:
@@ -85,14 +95,14 @@ class Execution:
 
     def expire(self) -> None:
         """The request's time is up."""
-        self.expired = True
+        self.expired = not self.cancelled
         self.stop("its time is up")
 
-    def hand_over(self) -> None:
-        """The worker is being stopped: another one goes on from here."""
+    def hand_over(self, why: str = "its worker was stopped") -> None:
+        """Another worker goes on from here, if somebody still waits for it."""
         if self.state != "ended" and not self.cancelled:
             self.handed_over = True
-            self.stop("its worker was stopped")
+            self.stop(why)
 
     def let_go(self) -> None:
         """Another run counts."""
@@ -123,8 +133,11 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     outbox.send(ring, Started(id=request.id, run=execution.run, seq=execution.next_seq()))
     usage = _Counter(request)
     outcome, retry = "failed", False
-    # A plain timer costs a third of asyncio.timeout_at.
-    timer = asyncio.get_running_loop().call_at(execution.deadline, execution.expire)
+    # A timer only where the liveness loop, which looks at all deadlines, would be late by much.
+    timer = None
+    loop = asyncio.get_running_loop()
+    if execution.deadline - loop.time() < TIMER_S:
+        timer = loop.call_at(execution.deadline, execution.expire)
     try:
         finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
     except asyncio.CancelledError:
@@ -154,7 +167,8 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
             )
         return finished.usage, "done", ""
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
     execution.state = "ended"
     execution.failure = error.message
     spent = usage.usage()

@@ -37,11 +37,14 @@ from modelbus_broker.messages import (
     decode_task,
 )
 from modelbus_broker.pulling import Pulled
+from modelbus_broker.topology import ACK_WAIT_S
 
 from .admission import decide
+from .answers import AnswerKeeper
 from .engines.base import Engine
 from .execution import Execution, execute, usage_event
 from .ledger import Ledger
+from .liveness import PUBLISHER_DEAD_S
 from .outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ class Intake:
         clock_offset_ms: the server's clock minus ours.
         closed: takes nothing new; what comes is given back.
         executions: held and running requests, by run key.
+        pulse: called before a message is judged, for the time.
+        reach: tells a publisher what runs for it; False when nobody listens there.
         wake: called when a slot is free again.
         pause: takes nothing from a consumer for so many seconds.
     """
@@ -83,8 +88,13 @@ class Intake:
         self.pause: Callable[[str, float], Awaitable[None]] = _no_pause
         self.total = self.failed = 0
         self.last_work_ms = 0
+        self._loop = asyncio.get_running_loop()
+        self.pulse: Callable[[], float] = time.monotonic
+        self.reach: Callable[[str], Awaitable[bool]] = _nobody
+        self._doubt_until = 0.0
         self._runs = Bucket(bus, names.BUCKET_RUNS)
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._answers = AnswerKeeper(bus)
+        self._ended: OrderedDict[str, str] = OrderedDict()  #: message id -> the run that ended it
         #: Ids that someone wanted stopped before they came.
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         #: The request that has this worker to itself, or waits for that, and what tells it that the others have gone.
@@ -104,11 +114,30 @@ class Intake:
         except (msgspec.MsgspecError, ValueError) as error:
             self._spawn(self._bury_unreadable(pulled, f"it cannot be decoded: {error}"))
             return
-        if pulled.delivery > 1:
+        now = self.pulse()  # first: a message may have come while we stood still
+        uncertain = pulled.delivery > 1 or now < self._doubt_until
+        if uncertain and (held := self._held(request)) is not None:
+            # The bus has forgotten that it gave us this message. There is one run, and from now on it is this
+            # delivery that is kept in progress and acknowledged.
+            held.pulled = pulled
+            self._spawn(self._answer(pulled, b"+WPI"))
+        elif pulled.delivery > 1:
             # Rare, and what has become of the earlier deliveries is read from a bucket first.
             self._spawn(self._take_again(request, pulled))
         else:
             self._judge(request, pulled, 0)
+
+    def doubt(self) -> None:
+        """Messages that come from now on may be with another worker too."""
+        self._doubt_until = time.monotonic() + ACK_WAIT_S
+
+    def _held(self, request: Request) -> Execution | None:
+        """The run of this very attempt that is here already."""
+        for execution in self.executions.values():
+            same = execution.request.id == request.id and execution.request.attempt == request.attempt
+            if same and execution.counts:
+                return execution
+        return None
 
     def cancel(self, request_id: str) -> None:
         """Someone wants a request stopped that is not here: it may be on its way."""
@@ -117,9 +146,12 @@ class Intake:
             self._cancelled.popitem(last=False)
 
     async def _take_again(self, request: Request, pulled: Pulled) -> None:
-        self._judge(request, pulled, await self._read_starts(request))
+        starts = await self._read_starts(request)
+        # Its worker may have died between the answer and the acknowledgement: whoever asks finds the answer.
+        answered = bool(request.answer_kept_s) and await self._answers.has(request.id)
+        self._judge(request, pulled, starts, answered=answered)
 
-    def _judge(self, request: Request, pulled: Pulled, starts: int) -> None:
+    def _judge(self, request: Request, pulled: Pulled, starts: int, *, answered: bool = False) -> None:
         now_ms = time.time_ns() / 1e6 + self.clock_offset_ms
         decision = decide(
             request,
@@ -129,14 +161,14 @@ class Intake:
             revision=self.deployment.revision,
             compat=self.compat,
             free=self.free(),
-            ended=names.message_id(request.id, request.attempt) in self._ended,
+            ended=answered or names.message_id(request.id, request.attempt) in self._ended,
             worker=self.id,
             cancelled=request.id in self._cancelled,
         )
         match decision.action:
             case "run" | "run_alone":
                 left_s = (pulled.stored_ms + request.budget_ms - now_ms) / 1000
-                deadline = asyncio.get_running_loop().time() + left_s
+                deadline = self._loop.time() + left_s
                 self._accept(request, pulled, deadline, alone=decision.action == "run_alone")
             case "give_back":
                 delay_ns = decision.delay_ms * 1_000_000
@@ -158,8 +190,9 @@ class Intake:
 
     def _accept(self, request: Request, pulled: Pulled, deadline: float, *, alone: bool) -> None:
         run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run)
-        execution = Execution(request, pulled, run, ring, deadline)
+        ring = self.outbox.open(request.id, run, request.publisher)
+        execution = ring.execution = Execution(request, pulled, run, ring, deadline)
+        execution.asks = pulled.delivery > 1 or time.monotonic() < self._doubt_until
         self.executions[names.run_key(request.id, run)] = execution
         self.outbox.send(
             ring,
@@ -171,6 +204,10 @@ class Intake:
                 position=sum(map(len, request.output_token_ids)),
                 compat=self.compat,
                 delivery=pulled.delivery,
+                asks=execution.asks,
+                continues=request.continues,
+                starts=[[len(ids), n] for ids, n in zip(request.output_token_ids, request.emitted_chars, strict=False)],
+                view=request.view,
             ),
         )
         if alone:
@@ -178,7 +215,7 @@ class Intake:
             self._others_gone.clear()
             if len(self.executions) == 1:
                 self._others_gone.set()
-        execution.task = asyncio.create_task(self._run(execution))
+        execution.task = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
         usage, outcome, code = Usage(), "cancelled", "request_cancelled"
@@ -187,9 +224,9 @@ class Intake:
             if execution.cancelled:
                 raise asyncio.CancelledError
             try:
-                if not await self._may_start(execution):
+                if self._has_to_wait(execution) and not await self._may_start(execution):
                     return
-                task = await self._task_of(execution.request)
+                task = execution.request.task or await self._task_of(execution)
             except ModelBusError as error:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
@@ -241,23 +278,42 @@ class Intake:
         execution.handed_over = outcome == "handed_over"
         owns = execution.counts and not execution.handed_over
         if owns:
-            self._ended[names.message_id(request.id, request.attempt)] = None
+            self._ended[names.message_id(request.id, request.attempt)] = execution.run
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
+        keep = None
+        if owns and outcome == "done" and request.answer_kept_s:
+            ring = execution.ring
+            keep = self._answers.keep(request, ring, list(ring.frames))
         # A run that does not count, or is handed over, leaves the message to the one that does.
-        self.ledger.book(event, pulled.ack_subject if owns else "")
+        ack_subject = pulled.ack_subject if owns else ""
+        self.ledger.book(event, ack_subject, publisher=execution.ring.publisher, since=execution.began, first=keep)
+
+    def ended_run(self, request_id: str) -> str | None:
+        """The run that ended a request here, as far back as this worker remembers."""
+        for message_id, run in reversed(self._ended.items()):
+            if message_id.startswith(request_id):
+                return run
+        return None
 
     def _started_ms_of(self, execution: Execution) -> float:
         return time.time_ns() / 1e6 - (time.monotonic() - (execution.started_at or execution.began)) * 1000
 
-    async def _task_of(self, request: Request) -> Task:
-        if request.task is not None:
-            return request.task
+    async def _task_of(self, execution: Execution) -> Task:
+        request = execution.request
         if request.blob is None:
             raise PoisonRequest("the request has no task")
-        return decode_task(await get_blob(self.bus, request.blob))
+        body = await get_blob(self.bus, request.blob)
+        _check_time(execution)
+        return decode_task(body)
 
     # Before the engine gets it
+
+    def _has_to_wait(self, execution: Execution) -> bool:
+        """Something is to be done before the run may start; False for most."""
+        request = execution.request
+        kept = request.background or request.idempotency_key
+        return bool(kept) or execution.asks or self._alone is execution
 
     async def _may_start(self, execution: Execution) -> bool:
         """Waits until the run may start; False when another run counts.
@@ -267,7 +323,7 @@ class Intake:
         """
         request = execution.request
         again = execution.pulled.delivery > 1
-        if again and not await self._is_wanted(execution):
+        if execution.asks and not await self._is_wanted(execution):
             return False
         if self._alone is execution:
             try:
@@ -278,15 +334,32 @@ class Intake:
         # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
         if again or request.background or request.idempotency_key:
             await self._count_start(request)
+        _check_time(execution)
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
-        """Asks the publisher whether this run shall count; one that does not answer is gone."""
+        """Asks the publisher whether this run shall count.
+
+        Where it is gone, a request that is to run to its end runs, and any other ends here: its client is gone too,
+        perhaps with the whole answer, and one that comes back has it published anew.
+        """
         execution.go = asyncio.get_running_loop().create_future()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GO_WAIT_S):
                 return await execution.go
-        return True
+        request = execution.request
+        if request.background or request.idempotency_key:
+            return True
+        until = time.monotonic() + PUBLISHER_DEAD_S
+        while not await self.reach(execution.ring.publisher):
+            if time.monotonic() > until:
+                # Nothing is said: whoever reads the frames later shall not take this for the end of the answer.
+                execution.counts = False
+                self._spawn(self._answer(execution.pulled, b"+TERM its publisher is gone"))
+                return False
+            await asyncio.sleep(GO_WAIT_S)
+        await asyncio.sleep(0)  # if it answered that nobody wants this run, it ends here
+        return execution.counts
 
     async def _read_starts(self, request: Request) -> int:
         try:
@@ -322,7 +395,7 @@ class Intake:
 
     def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
         """Ends a request that was not run: the client hears why, it is booked, then the message goes."""
-        self._tell(request.id, request.attempt, pulled, error)
+        self._tell(request.id, request.attempt, pulled, error, request.publisher)
         event = UsageEvent(
             id=request.id,
             run=names.run_name(request.attempt, pulled.delivery, self.id),
@@ -336,9 +409,9 @@ class Intake:
         )
         self.ledger.book(event, pulled.ack_subject)
 
-    def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError) -> None:
+    def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError, publisher: str = "") -> None:
         run = names.run_name(attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request_id, run)
+        ring = self.outbox.open(request_id, run, publisher)
         accepted = Accepted(id=request_id, run=run, seq=0, ack_subject=pulled.ack_subject, delivery=pulled.delivery)
         self.outbox.send(ring, accepted)
         self.outbox.send(ring, error.failed(id=request_id, run=run, seq=1))
@@ -354,7 +427,7 @@ class Intake:
 
     async def _bury_unreadable(self, pulled: Pulled, why: str) -> None:
         """The same for a message that is no request; its id is read off its headers, where they have one."""
-        request_id, _, attempt = (pulled.headers or {}).get("Nats-Msg-Id", "").rpartition(".")
+        request_id, _, attempt = pulled.headers.get("Nats-Msg-Id", "").rpartition(".")
         letter = DeadLetter(
             id=request_id,
             model=self.deployment.model,
@@ -395,8 +468,19 @@ class Intake:
         task.add_done_callback(self._tasks.discard)
 
 
+def _check_time(execution: Execution) -> None:
+    """Work whose time was up while it was being prepared is not started. Raises DeadlineExceeded."""
+    if asyncio.get_running_loop().time() > execution.deadline:
+        raise DeadlineExceeded("the time of the request was up before the engine could have it")
+
+
 def _nothing() -> None:
     """Nobody is woken before the worker pulls."""
+
+
+async def _nobody(_publisher: str) -> bool:
+    """Publishers are told of runs once the worker serves."""
+    return False
 
 
 async def _no_pause(_consumer: str, _seconds: float) -> None:

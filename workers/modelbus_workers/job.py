@@ -28,5 +28,5 @@ class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
 #: After its time for finishing a worker hands over what is left and ends within so many seconds, whatever hangs.
 DRAIN_END_S = 12.0
 
-#: Exit codes of a worker process; anything else is a crash.
-EXIT_STOPPED, EXIT_START_FAILED = 0, 3
+#: Exit codes of a worker process. That its engine hung is a crash, as is anything else.
+EXIT_STOPPED, EXIT_START_FAILED, EXIT_HUNG = 0, 3, 4

@@ -1,6 +1,11 @@
 """How a request leaves the queue: its usage event is stored first, then its message is acknowledged.
 
 In this order a worker that dies in between answers twice but is never paid for nothing: events are keyed by run.
+An answer that is to be kept is stored before both.
+An acknowledgement that is lost with a server would bring the request back, so it is said again until it was heard.
+
+A worker that stood still, or was cut off, may have been given up, and another run may count in place of its own. So it
+asks before it books a run whose publisher it has not been in touch with of late; see ``may_be_given_up``.
 """
 
 from __future__ import annotations
@@ -8,25 +13,67 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Literal, NamedTuple
 
+import msgspec
 from modelbus_broker import names
-from modelbus_broker.connection import Bus
-from modelbus_broker.errors import ModelBusError
+from modelbus_broker.connection import Bus, NoResponders
+from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import UsageEvent, encode
 
 log = logging.getLogger(__name__)
 
 #: Between two bookings. The client has its answer already, and what ends meanwhile costs the bus nothing of its own.
 PAUSE_S = 0.02
+#: Nobody hears acknowledgements while a leader is chosen, or when the model was removed.
+CONFIRM_S = 30.0
+#: Between two tries to store events, and between two questions to a publisher that is silent.
+AGAIN_S = 0.5
+#: A publisher gives up a worker that it has not heard of for 1.2 s.
+TOUCH_S = 1.2
+
+Ask = Callable[[str], Awaitable[Literal["answered", "gone", "silent"]]]
+
+
+class Entry(NamedTuple):
+    """A run that has ended."""
+
+    event: UsageEvent
+    ack_subject: str
+    publisher: str  #: "": nobody is asked
+    since: float  #: monotonic; the publisher was in touch with this run then at the latest
+    first: Coroutine[None, None, None] | None = None  #: stores the answer
+
+
+def may_be_given_up(now: float, since: float, heard: float) -> bool:
+    """Whether a publisher may have taken this worker for lost. Pure: monotonic times.
+
+    Args:
+        since: when the run began, which its publisher was told.
+        heard: when the last alive message was sent that the publisher has answered; 0: none.
+    """
+    return now - since > TOUCH_S and now - heard > TOUCH_S
 
 
 class Ledger:
-    """Stores usage events and acknowledges; all that ended meanwhile goes in one message."""
+    """Stores usage events and acknowledges; all that ended meanwhile goes in one message.
+
+    Attributes:
+        ask: tells a publisher what runs here. What it no longer counts is disowned before that returns.
+        heard: when each publisher has last answered, see ``may_be_given_up``.
+    """
 
     def __init__(self, bus: Bus, *, events: bool = True) -> None:
         self._bus = bus
         self._events = events
-        self._ended: list[tuple[UsageEvent, str]] = []
+        self.ask: Ask = _nobody
+        self.heard: Mapping[str, float] = {}
+        self._ended: list[Entry] = []
+        #: Runs that may not count, by run key, until their publishers have answered.
+        self._doubtful: dict[str, Entry] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -42,42 +89,128 @@ class Ledger:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        tasks = [task for task in (self._task, *self._asking.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for entry in (*self._ended, *self._doubtful.values()):
+            if entry.first is not None:
+                entry.first.close()
 
-    def book(self, event: UsageEvent, ack_subject: str) -> None:
-        """A run has ended; ``ack_subject`` "" books the event without touching the message."""
+    def book(
+        self,
+        event: UsageEvent,
+        ack_subject: str,
+        *,
+        publisher: str = "",
+        since: float = 0.0,
+        first: Coroutine[None, None, None] | None = None,
+    ) -> None:
+        """A run has ended; ``ack_subject`` "" books the event without touching the message.
+
+        ``first`` is awaited before anything is booked: it stores the answer.
+        """
         if ack_subject:
             self.waiting.add(ack_subject)
-        self._ended.append((event, ack_subject))
+        self._ended.append(Entry(event, ack_subject, publisher, since, first))
         self._idle.clear()
         self._wake.set()
+
+    def disown(self, run_key: str) -> None:
+        """Another run counts in place of this one, says its publisher: what it used is waste, its message is not ours."""
+        entry = self._doubtful.pop(run_key, None)
+        if entry is None:  # the answer came before anybody had looked at it here
+            found = [e for e in self._ended if names.run_key(e.event.id, e.event.run) == run_key]
+            if not found:
+                return
+            entry = found[0]
+            self._ended.remove(entry)
+        self.waiting.discard(entry.ack_subject)
+        if entry.first is not None:
+            entry.first.close()
+        self.book(msgspec.structs.replace(entry.event, outcome="waste"), "")
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            ended, self._ended = self._ended, []
-            if self._events:
-                await self._store([event for event, _ in ended])
-            for _, ack_subject in ended:
-                if ack_subject:
-                    with contextlib.suppress(ModelBusError):
-                        await self._bus.publish(ack_subject, b"+ACK")
-                    self.waiting.discard(ack_subject)
-            if not self._ended:
+            entries, self._ended = self._certain(self._ended), []
+            if storing := [entry.first for entry in entries if entry.first is not None]:
+                await asyncio.gather(*storing)
+            while entries and self._events and not await self._store([entry.event for entry in entries]):
+                await asyncio.sleep(AGAIN_S)
+                entries = self._certain([entry._replace(first=None) for entry in entries])
+            await self._acknowledge([entry.ack_subject for entry in entries if entry.ack_subject])
+            if not self._ended and not self._doubtful:
                 self._idle.set()
             await asyncio.sleep(PAUSE_S)
 
-    async def _store(self, events: list[UsageEvent]) -> None:
-        payload = encode(events)
-        message_id = f"usage.{events[0].id}.{events[0].run}.{len(events)}"
+    async def _acknowledge(self, ack_subjects: Sequence[str]) -> None:
+        """Returns when the bus has heard them all."""
+        by_consumer: dict[str, list[str]] = {}
+        for ack_subject in ack_subjects:
+            by_consumer.setdefault(ack_subject.rsplit(".", 5)[0], []).append(ack_subject)
+        await asyncio.gather(*map(self._confirmed, by_consumer.values()))
+        self.waiting.difference_update(ack_subjects)
+
+    async def _confirmed(self, ack_subjects: list[str]) -> None:
+        """Acknowledges messages of one consumer. It hears them in order: when it answers the last, it has them all."""
+        *first, last = ack_subjects
+        until = time.monotonic() + CONFIRM_S
         while True:
             try:
-                await self._bus.js_publish(names.USAGE, payload, msg_id=message_id, timeout_s=10.0)
+                for ack_subject in first:
+                    self._bus.send(ack_subject, b"+ACK")
+                await self._bus.request(last, b"+ACK")
                 return
-            except ModelBusError as error:
-                log.warning("usage events wait: %s", error.message)
-                await asyncio.sleep(0.5)
+            except (NoResponders, TimeoutError, BusUnavailable) as error:
+                if time.monotonic() > until:
+                    log.warning(
+                        "%d requests may be delivered again: nobody hears that they are done", len(ack_subjects)
+                    )
+                    return
+                log.info("acknowledgements are said again: %s", error or "no answer")
+                await asyncio.sleep(0.2)
+
+    def _certain(self, entries: list[Entry]) -> list[Entry]:
+        """Those that count; the others wait until their publishers have been asked."""
+        now = time.monotonic()
+        found = []
+        for entry in entries:
+            publisher = entry.publisher
+            if not publisher or not may_be_given_up(now, entry.since, self.heard.get(publisher, 0.0)):
+                found.append(entry)
+                continue
+            self._doubtful[names.run_key(entry.event.id, entry.event.run)] = entry
+            if publisher not in self._asking:
+                self._asking[publisher] = asyncio.create_task(self._settle(publisher), name=f"ask {publisher}")
+        return found
+
+    async def _settle(self, publisher: str) -> None:
+        """Asks until there is an answer, or nobody who could give one."""
+        while True:
+            found = await self.ask(publisher)
+            if found != "silent":
+                break
+            await asyncio.sleep(AGAIN_S)
+        # From here on nothing waits: what becomes doubtful later is asked for anew.
+        del self._asking[publisher]
+        log.info("publisher %s: %s; booking what waited for that", publisher, found)
+        for key, entry in list(self._doubtful.items()):
+            if entry.publisher == publisher:
+                del self._doubtful[key]
+                self.book(entry.event, entry.ack_subject, first=entry.first)
+
+    async def _store(self, events: list[UsageEvent]) -> bool:
+        message_id = f"usage.{events[0].id}.{events[0].run}.{len(events)}"
+        try:
+            await self._bus.js_publish(names.USAGE, encode(events), msg_id=message_id, timeout_s=10.0)
+        except ModelBusError as error:
+            log.warning("usage events wait: %s", error.message)
+            return False
+        return True
+
+
+async def _nobody(publisher: str) -> Literal["gone"]:
+    """There is no way to ask."""
+    return "gone"

@@ -1,6 +1,6 @@
 """Frames on their way to publishers.
 
-All frames that become ready in one turn of the event loop for one publisher leave as one message. No timer delays
+Frames that become ready in one turn of the event loop for one publisher leave as one message. No timer delays
 a frame; batches form only because there is load. A copy of each stays in the run's ring until the publisher has
 confirmed the last one, so that lost frames can be sent again.
 """
@@ -8,15 +8,18 @@ confirmed the last one, so that lost frames can be sent again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, StreamCut
 from modelbus_broker.messages import Frame, encode, encode_list
+
+if TYPE_CHECKING:
+    from .execution import Execution
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,10 @@ RING_BYTES = 8 << 20
 RING_KEPT_S = 60.0  #: after the last frame, when no publisher confirms it
 MESSAGE_BYTES = 1 << 20
 RESEND_BYTES = 256 << 10
+#: What a publisher that takes a run over gets at once; it asks for more as its reader reads.
+ADOPTED_BYTES = 768 << 10
+#: Frames of a turn that is long go out bit by bit: the publisher works on the first ones meanwhile.
+TOGETHER = 32
 
 
 class Ring:
@@ -33,7 +40,7 @@ class Ring:
     nothing to look through.
     """
 
-    __slots__ = ("bytes", "ended_at", "first", "frames", "publisher", "request_id", "run", "sent_seq")
+    __slots__ = ("bytes", "ended_at", "execution", "first", "frames", "publisher", "request_id", "run", "sent_seq")
 
     def __init__(self, request_id: str, run: str, publisher: str) -> None:
         self.request_id = request_id
@@ -44,6 +51,8 @@ class Ring:
         self.bytes = 0
         self.sent_seq = -1
         self.ended_at = 0.0
+        #: What the frames are of; None for a request that was refused.
+        self.execution: Execution | None = None
 
     def add(self, frame: Frame) -> bytes:
         """Keeps a frame; returns it encoded."""
@@ -78,36 +87,25 @@ class Outbox:
         self._bus = bus
         self._worker = worker
         self._ready: dict[str, list[bytes]] = {}
-        self._wake = asyncio.Event()
+        self._soon = False
         self.rings: dict[str, Ring] = {}  #: by run key
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._send_all(), name="outbox")
-
-    async def close(self) -> None:
-        """Sends what is ready and stops."""
-        await self.flush()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-
-    def open(self, request_id: str, run: str) -> Ring:
-        """Starts the ring of a run; its frames go to the publisher that the request id names."""
-        ring = Ring(request_id, run, names.publisher_of(request_id))
+    def open(self, request_id: str, run: str, publisher: str = "") -> Ring:
+        """Starts the ring of a run; its frames go to this publisher, or else to the one that the request id names."""
+        ring = Ring(request_id, run, publisher or names.publisher_of(request_id))
         self.rings[names.run_key(request_id, run)] = ring
         return ring
 
     def send(self, ring: Ring, frame: Frame) -> None:
         """Queues a frame for the end of this turn of the event loop."""
-        encoded = ring.add(frame)
         ready = self._ready.get(ring.publisher)
         if ready is None:
-            self._ready[ring.publisher] = [encoded]
-            self._wake.set()
-        else:
-            ready.append(encoded)
+            ready = self._ready[ring.publisher] = []
+            self._flush_soon()
+        ready.append(ring.add(frame))
+        if len(ready) >= TOGETHER:
+            del self._ready[ring.publisher]
+            self._publish(names.response_subject(ring.publisher, self._worker), ready)
 
     def end(self, ring: Ring) -> None:
         """The last frame of the run was sent."""
@@ -128,7 +126,15 @@ class Outbox:
                 frames = [encode(error.failed(id=request_id, run=run, seq=seq))]
             if frames:
                 self._ready.setdefault(ring.publisher, []).extend(frames)
-                self._wake.set()
+                self._flush_soon()
+
+    def adopt(self, ring: Ring, publisher: str, seq: int) -> None:
+        """From now on the frames go to another publisher, those from ``seq`` on once more."""
+        ring.publisher = publisher
+        # What is ready for the old one was added before: it is among these.
+        if frames := ring.since(max(seq, ring.first), ADOPTED_BYTES):
+            self._ready.setdefault(publisher, []).extend(frames)
+            self._flush_soon()
 
     def sweep(self) -> None:
         """Forgets runs that nobody has confirmed for too long."""
@@ -136,30 +142,30 @@ class Outbox:
         for key in [key for key, ring in self.rings.items() if 0 < ring.ended_at < old]:
             del self.rings[key]
 
-    async def _send_all(self) -> None:
-        while True:
-            await self._wake.wait()
-            # Runs that started in this turn of the loop come first: their frames leave in the same message.
-            await asyncio.sleep(0)
-            await self.flush()
+    def _flush_soon(self) -> None:
+        if not self._soon:
+            self._soon = True
+            # Runs that start in this turn of the loop come first: their frames leave in the same message.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self.flush)
 
-    async def flush(self) -> None:
+    def flush(self) -> None:
         """Publishes all that is ready, one message per publisher."""
-        self._wake.clear()
+        self._soon = False
         ready, self._ready = self._ready, {}
+        for publisher, frames in ready.items():
+            self._publish(names.response_subject(publisher, self._worker), frames)
+
+    def _publish(self, subject: str, frames: list[bytes]) -> None:
         if not self._bus.is_connected:
             return  # the alive messages after the reconnect say what was not sent
-        for publisher, frames in ready.items():
-            await self._publish(names.response_subject(publisher, self._worker), frames)
-
-    async def _publish(self, subject: str, frames: list[bytes]) -> None:
         payload = encode_list(frames)
         if len(payload) > MESSAGE_BYTES and len(frames) > 1:
             middle = len(frames) // 2
-            await self._publish(subject, frames[:middle])
-            await self._publish(subject, frames[middle:])
+            self._publish(subject, frames[:middle])
+            self._publish(subject, frames[middle:])
             return
         try:
-            await self._bus.publish(subject, payload)
+            self._bus.send(subject, payload)
         except BusUnavailable as error:
             log.info("frames not sent: %s", error)

@@ -26,7 +26,10 @@ from modelbus_broker.connection import Bus, Msg
 from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import (
     Adopt,
+    Alive,
+    Cancelled,
     Capabilities,
+    FoundRun,
     Go,
     LetGo,
     Probe,
@@ -37,16 +40,21 @@ from modelbus_broker.messages import (
     encode,
 )
 from modelbus_broker.pulling import Puller
-from modelbus_broker.topology import consumers_of, declare_memory
+from modelbus_broker.scheduling import prefer_throughput
+from modelbus_broker.topology import consumers_of, restore_memory
 
+from .admission import clock_offset_ms
 from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
 from .execution import Execution
+from .finding import Finding
 from .intake import Intake
 from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
 from .ledger import Ledger
 from .liveness import Liveness
 from .outbox import Outbox
+from .pulse import Pulse
+from .stall import StallWatch, sample_of
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +67,12 @@ IN_PROGRESS_S = 3.0
 class Worker:
     """One engine, its slots and what is in them.
 
-    ``exit_after`` is told how many seconds the worker may still take when it ends; a process ends itself then.
+    ``exit_after`` is told how many seconds the worker may still take when it ends; a process ends itself then, and also
+    when its engine hangs.
     """
 
     def __init__(
-        self, job: WorkerJob, bus: Bus, engine: Engine, exit_after: Callable[[float], object] = lambda seconds: None
+        self, job: WorkerJob, bus: Bus, engine: Engine, exit_after: Callable[[float], object] | None = None
     ) -> None:
         self.job = job
         self.id = job.worker_id
@@ -73,9 +82,17 @@ class Worker:
         self.outbox = Outbox(bus, self.id)
         self.ledger = Ledger(bus, events=job.usage_events)
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
-        self.liveness = Liveness(bus, self.id, self)
+        self.liveness = Liveness(bus, self.id, self, orphan_grace_s=self.deployment.orphan_grace_s)
+        self.finding = Finding(self.id, self.intake)
+        self.ledger.ask, self.ledger.heard = self.liveness.ask, self.liveness.heard
         self.executions = self.intake.executions
-        self.draining = Draining(self.intake, self.liveness, self.deployment.drain_s, exit_after)
+        self.pulse = Pulse(self._stood_still)
+        self.intake.pulse, self.intake.reach = self.pulse.beat, self.liveness.reaches
+        #: A worker inside another program must not end that.
+        self._watched = exit_after is not None
+        self.draining = Draining(
+            self.intake, self.liveness, self.deployment.drain_s, exit_after or (lambda seconds: None)
+        )
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
         self._words = ""
@@ -135,10 +152,11 @@ class Worker:
         intake = self.intake
         intake.slots = self.deployment.slots or self.engine.slots
         intake.compat = self.engine.compat()
-        await self._read_server_clock()
-        self.outbox.start()
+        await self._first_server_clock()
         self.ledger.start()
-        await self.bus.subscribe(names.control_subject(self.id), self._on_control)
+        for who in (self.id, names.ALL_WORKERS):
+            await self.bus.subscribe(names.control_subject(who), self._on_control)
+        await self.bus.subscribe(names.FIND, self._on_find)
         self.bus.on_reconnect(self._on_reconnect)
         compats = [intake.compat] if intake.compat else []
         self._puller = Puller(
@@ -150,9 +168,17 @@ class Worker:
         )
         intake.wake, intake.pause = self._puller.wake, self._puller.pause
         garbage.settle()
+        prefer_throughput()
         await self.set_state("ok")
         await self._puller.start()
+        watch = StallWatch(
+            self.deployment.engine_stall_s if self._watched else 0.0,
+            counts_steps=self.engine.counts_steps,
+            sample=lambda turn: sample_of(turn, self.engine.steps, self.executions.values()),
+            say=lambda why: self._spawn(self.set_state("draining", why)),
+        )
         return [
+            asyncio.create_task(watch.run(), name="stall watch"),
             asyncio.create_task(self._keep_in_progress(), name="in-progress"),
             asyncio.create_task(self.liveness.run(), name="liveness"),
             asyncio.create_task(self._keep_clock(), name="clock"),
@@ -166,7 +192,7 @@ class Worker:
         await self._puller.stop()
         await self.draining.run()
         await self.ledger.close()
-        await self.outbox.close()
+        self.outbox.flush()
         with contextlib.suppress(ModelBusError):
             await self.bus.flush()
 
@@ -214,6 +240,7 @@ class Worker:
         told = (-1, -1)
         while True:
             await asyncio.sleep(0.5)
+            self.pulse.beat()
             due = time.monotonic() - self._last_beat >= HEARTBEAT_S
             # Who asks right after an answer shall find it counted, also when it came and went between two looks.
             shown = (len(self.executions), self.intake.total)
@@ -224,16 +251,36 @@ class Worker:
     async def _on_reconnect(self) -> None:
         # First of all: nobody else shall get what runs here.
         await self._send_in_progress()
-        with contextlib.suppress(ModelBusError):
-            await declare_memory(self.bus)
-        await self._beat()
         self.liveness.reconnected()
+        # A bus that was killed may not know what it delivered, and delivers it again as if for the first time.
+        self.intake.doubt()
+        await self._beat()
+        await restore_memory(self.bus)
+        await self._beat()
+
+    def _stood_still(self, seconds: float) -> None:
+        log.warning("stood still for %.1f s: asking the publishers about all that is here", seconds)
+        self.liveness.reconnected()
+        self.intake.doubt()
+        self._spawn(self._send_in_progress())
+
+    async def _first_server_clock(self) -> None:
+        """Returns when the server's clock is known: deadlines count by it. While a leader is chosen nobody answers."""
+        while not self.draining.begun.is_set():
+            try:
+                await self._read_server_clock()
+                return
+            except ModelBusError as error:
+                log.warning("the bus does not say what time it is: %s", error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self.draining.begun.wait()
 
     async def _read_server_clock(self) -> None:
-        sent = time.time_ns() / 1e6
+        asked_ms = time.time_ns() / 1e6
         info = await self.bus.js_request(f"STREAM.INFO.{names.STREAM_HI}")
         server_ms = msgspec.convert(info["ts"], type=datetime).timestamp() * 1000
-        self.intake.clock_offset_ms = server_ms - (sent + time.time_ns() / 1e6) / 2
+        self.intake.clock_offset_ms = clock_offset_ms(asked_ms, time.time_ns() / 1e6, server_ms)
 
     async def _keep_clock(self) -> None:
         while True:
@@ -251,9 +298,8 @@ class Worker:
             log.warning("a control message cannot be decoded: %s", error)
             return
         match message:
-            case Stop(id=request_id, run=run, reason=reason):
-                for execution in self._executions_of(request_id, run):
-                    execution.stop(reason)
+            case Stop():
+                self._stop(message, msg.reply)
             case Go(id=request_id, run=run):
                 for execution in self._executions_of(request_id, run):
                     if execution.go is not None and not execution.go.done():
@@ -263,13 +309,36 @@ class Worker:
                     execution.let_go()
             case Resend(id=request_id, run=run, seq=seq):
                 self.outbox.resend(request_id, run, seq)
-            case Adopt(id=request_id, publisher=publisher):
-                for ring in self.outbox.rings.values():
-                    if ring.request_id == request_id:
-                        ring.publisher = publisher
+            case Adopt():
+                self.liveness.hear_of(message.publisher)
+                self._reply(msg, self.finding.adopt(message))
             case Probe(publisher=publisher):
-                if msg.reply:
-                    self._spawn(self._send(msg.reply, encode(self.liveness.alive_for(publisher))))
+                self._reply(msg, self.liveness.alive_for(publisher))
+
+    def _on_find(self, msg: Msg) -> None:
+        self._reply(msg, self.finding.found(msg))
+
+    def _reply(self, msg: Msg, answer: Alive | FoundRun | None) -> None:
+        if msg.reply and answer is not None:
+            self._spawn(self._send(msg.reply, encode(answer)))
+
+    def _stop(self, message: Stop, reply: str) -> None:
+        found = self._executions_of(message.id, message.run)
+        for execution in found:
+            if reply:
+                self._spawn(self._tell_of_stop(execution, execution.state, reply))
+            execution.stop(message.reason)
+        if not found and not message.run:
+            self.intake.cancel(message.id)  # it may be on its way
+
+    async def _tell_of_stop(self, execution: Execution, was: Literal["held", "running", "ended"], reply: str) -> None:
+        """Says that the run is here, and when its engine has let go."""
+        if was != "ended":
+            answer = Cancelled(id=execution.request.id, was=was, worker=self.id)
+            await self._send(reply, encode(answer))
+            if execution.task is not None:
+                await asyncio.wait([execution.task])
+            await self._send(reply, encode(msgspec.structs.replace(answer, stopped=True)))
 
     def _executions_of(self, request_id: str, run: str) -> list[Execution]:
         if run:

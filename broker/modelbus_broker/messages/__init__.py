@@ -6,9 +6,11 @@
 | ``publisher`` | gateways and SDK processes: frames, alive messages |
 | ``registry`` | readers of the buckets: deployments, claims, workers, nodes |
 | ``ledger`` | the usage and dead-letter streams |
+| ``answers`` | those who ask again: kept answers, idempotency keys |
 | ``chat`` | the tasks inside a request |
 """
 
+from .answers import KeptAnswer, KeyRecord, decode_kept_answer, decode_key_record
 from .base import Message, Row, encode, encode_list, to_json
 from .chat import (
     AudioData,
@@ -36,12 +38,16 @@ from .publisher import (
     Accepted,
     Alive,
     AliveReply,
+    Cancel,
+    Cancelled,
     Delta,
     Done,
     Failed,
     FindRun,
     FinishReason,
+    FoundRun,
     Frame,
+    Held,
     RunState,
     Started,
     TokenLogprob,
@@ -51,7 +57,12 @@ from .publisher import (
     Vectors,
     decode_alive,
     decode_alive_reply,
+    decode_cancelled,
+    decode_find,
+    decode_found,
     decode_frames,
+    decode_held,
+    decode_publisher_control,
 )
 from .registry import (
     GPU,
@@ -84,13 +95,15 @@ from .worker import (
 )
 
 __all__ = [
-    "GPU", "TERMINAL", "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef",
+    "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
     "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
-    "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "Frame", "FunctionCall", "Go",
-    "ImagePart", "ImageURL", "Lane", "LetGo", "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request",
-    "Resend", "Role", "Row", "RunState", "Sampling", "StartFailure", "Started", "Stop", "Task", "TextPart",
-    "TokenLogprob", "ToolCall", "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord",
-    "decode_alive", "decode_alive_reply", "decode_claim", "decode_control", "decode_dead_letter",
-    "decode_deployment", "decode_frames", "decode_node", "decode_request", "decode_start_failure", "decode_task",
+    "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "FoundRun", "Frame",
+    "FunctionCall", "GPU", "Go", "Held", "ImagePart", "ImageURL", "KeptAnswer", "KeyRecord", "Lane", "LetGo",
+    "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request", "Resend", "Role", "Row", "RunState",
+    "Sampling", "StartFailure", "Started", "Stop", "TERMINAL", "Task", "TextPart", "TokenLogprob", "ToolCall",
+    "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord", "decode_alive",
+    "decode_alive_reply", "decode_cancelled", "decode_claim", "decode_control", "decode_dead_letter",
+    "decode_deployment", "decode_find", "decode_found", "decode_frames", "decode_held", "decode_kept_answer",
+    "decode_key_record", "decode_node", "decode_publisher_control", "decode_request", "decode_start_failure", "decode_task",
     "decode_usage_events", "decode_worker", "encode", "encode_list", "to_json",
 ]  # fmt: skip

@@ -10,7 +10,8 @@ from .worker import BlobRef
 
 
 class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
-    """One per run that ended. The ledger bills the winning run and lists the others as waste."""
+    """One per run that ended. Who bills an id takes its last attempt that is done: an earlier one was booked by a worker
+    that died before its last frame had arrived. What is known to be superseded says ``waste`` itself."""
 
     id: str
     run: str

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from .base import Message, Row
+from .worker import Adopt, Request
 
 FinishReason = Literal["", "stop", "length", "tool_calls", "content_filter", "function_call"]
 
@@ -57,6 +58,10 @@ class Accepted(Row, frozen=True, kw_only=True, tag="a"):
     position: int = 0  #: output tokens that the run starts from, over all choices
     compat: str = ""
     delivery: int = 1
+    asks: bool = False  #: it waits for ``go`` or ``let_go`` before it starts
+    continues: str = ""  #: the run that this one goes on from; "" begins at the beginning
+    starts: list[list[int]] = []  #: then, per choice: tokens and characters of the runs before
+    view: str = ""  #: of the request
 
 
 class Started(Row, frozen=True, kw_only=True, tag="s"):
@@ -149,14 +154,61 @@ class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
 
     stop: list[str] = []  #: keys (``names.run_key``) of runs that nobody wants
     confirmed: list[str] = []  #: keys of runs whose last frame has come: the ring may forget them
+    let_go: list[str] = []  #: keys of runs in whose place another one counts: no frame, no ack, their usage is waste
 
 
 class FindRun(Message, frozen=True, kw_only=True, tag="find"):
-    """On ``mb.find``, to all workers: who runs, or remembers, this id? Only that one answers with a RunState."""
+    """On ``mb.find``, to all workers: who runs, or remembers, this id? Only that one answers, with a ``FoundRun``."""
 
     id: str
+
+
+class FoundRun(Message, frozen=True, kw_only=True, tag="found"):
+    """What a worker knows of a run that someone looks for."""
+
+    worker: str
+    state: RunState
+    publisher: str = ""  #: to whom its frames go
+    first: int = -1  #: the first frame that can still be sent again; -1: none
+    ack_subject: str = ""
+    compat: str = ""
+    delivery: int = 1
+    left_ms: int = 0  #: until its deadline
+    request: Request | None = None
+
+
+class Held(Message, frozen=True, kw_only=True, tag="held"):
+    """What a publisher knows of a request that another one wants to take over."""
+
+    id: str
+    known: bool = False  #: it has the request
+    given: bool = False  #: it has given it up to the one who asked
+    moved_to: str = ""  #: it has given it up to this publisher
+    stored: bool = False  #: the queue is known to have it
+    run: str = ""  #: that counts, "" while none is known
+    left_ms: int = 0  #: until its deadline
+    request: Request | None = None  #: as published last
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """On ``mb.ctl.<publisher>``: take this request back; whoever waits for it gets ``request_cancelled``."""
+
+    id: str
+
+
+class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
+    """What became of a request that was to be cancelled, said by its publisher, or by the worker that had it."""
+
+    id: str
+    was: Literal["running", "held", "queued", "unknown"]
+    worker: str = ""  #: that had it
+    stopped: bool = False  #: nothing of it runs any more; False: it was told to stop and has not said that it did
 
 
 decode_frames = msgspec.msgpack.Decoder(list[Frame]).decode
 decode_alive = msgspec.msgpack.Decoder(Alive).decode
 decode_alive_reply = msgspec.msgpack.Decoder(AliveReply).decode
+decode_find = msgspec.msgpack.Decoder(FindRun).decode
+decode_found = msgspec.msgpack.Decoder(FoundRun).decode
+decode_held = msgspec.msgpack.Decoder(Held).decode
+#: What a publisher receives on ``mb.ctl.<publisher>``.
+decode_publisher_control = msgspec.msgpack.Decoder(Cancel | Adopt).decode
+decode_cancelled = msgspec.msgpack.Decoder(Cancelled).decode

@@ -40,6 +40,8 @@ class Deployment(Message, frozen=True, kw_only=True, tag="deployment"):
     wait_until_ms: int = (
         0  #: until then (Unix time) requests wait where no worker is ready: a revision is being replaced
     )
+    engine_stall_s: float = 60.0  #: an engine that makes no step for so long while requests run hangs; 0: never
+    orphan_grace_s: float = 30.0  #: a streamed request runs on for so long when its publisher is gone
 
 
 class Claim(Message, frozen=True, kw_only=True, tag="claim"):

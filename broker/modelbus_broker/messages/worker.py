@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from ..names import publisher_of
 from .base import Message
 from .chat import Task
 
@@ -49,10 +50,22 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
     rescues: int = 0  #: how often it went to another worker because one failed it
     fail_fast: bool = False  #: others may do it: an engine leaves further tries to them
     lost_runs: list[str] = []  #: of earlier attempts, as ``names.run_name`` makes them
+    publisher: str = ""  #: who waits for the answer; "": the one that the id names
+    continues: str = ""  #: the run whose tokens ``output_token_ids`` are
+    earlier: bytes = b""  #: frames of earlier runs, where the whole answer is to be kept (see ``answer_kept_s``)
+    earlier_blob: BlobRef | None = None  #: the same, too large for the message
+    view: str = ""  #: how the publisher shows the answer; handed on as it is to whoever takes the answer up later
+    answer_kept_s: int = 0  #: the worker keeps the whole answer for so long, for those who ask again; 0: it does not
+
+    @property
+    def answers_to(self) -> str:
+        """The publisher that waits for the answer."""
+        return self.publisher or publisher_of(self.id)
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="stop"):
-    """Abort this request: nobody wants its answer."""
+    """Abort this request: nobody wants its answer. Who sends it to all workers, with a reply subject, hears from the
+    one that has it: a ``Cancelled`` at once, and another when its engine has let go."""
 
     id: str
     run: str = ""  #: only this run; "" = every run of the id
@@ -82,11 +95,17 @@ class Resend(Message, frozen=True, kw_only=True, tag="resend"):
 
 
 class Adopt(Message, frozen=True, kw_only=True, tag="adopt"):
-    """Another publisher takes the request over; its frames and its alive messages go there from now on."""
+    """Another publisher takes the request over; its frames and its alive messages go there from now on.
+
+    A worker answers with a ``FoundRun``. The publisher that has the request gets this too, and answers with ``Held``.
+    """
 
     id: str
     publisher: str
-    seq: int = 0
+    seq: int = 0  #: frames from here on are sent again
+    run: str = ""  #: the run that is meant; "": whichever is the newest here
+    of: str = ""  #: only if it is this publisher's now
+    if_unread: bool = False  #: to a publisher: only if nobody reads the answer there
 
 
 class Probe(Message, frozen=True, kw_only=True, tag="probe"):

@@ -16,7 +16,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_NO_BUS, EXIT_NOT_FOUND = 1, 2, 3, 4
 COMMANDS = {
     "start": "hosts", "stop": "hosts", "status": "hosts",
     "deploy": "models", "undeploy": "models", "models": "models", "stat": "models", "logs": "models",
-    "query": "ask", "dead": "dead", "serve": "gateway", "version": "gateway", "completion": "gateway",
+    "query": "ask", "cancel": "cancel", "dead": "dead", "serve": "gateway", "version": "gateway", "completion": "gateway",
 }  # fmt: skip
 
 

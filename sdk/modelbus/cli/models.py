@@ -45,6 +45,11 @@ LOGS_WAIT_S = 1.0
 @click.option("--timeout-s", type=float, default=600.0, show_default=True, help="For coming up.")
 @click.option("--drain-s", type=float, default=25.0, show_default=True,
               help="A worker that is stopped finishes what it can for so long, then hands over.")  # fmt: skip
+@click.option("--engine-stall-s", type=float, default=60.0, show_default=True,
+              help="A worker whose engine makes no step for so long while requests run ends, and another is started; "
+              "reading a prompt may take five times as long; 0 = never.")  # fmt: skip
+@click.option("--orphan-grace-s", type=float, default=30.0, show_default=True,
+              help="A stream runs on for so long when its gateway is gone; a plain request for 3 s.")  # fmt: skip
 @bus_options
 @json_option
 def deploy(address: str, creds: str, as_json: bool, **given: Any) -> None:

@@ -109,12 +109,15 @@ class Engine(ABC):
     #: Modules that must be importable on a node that offers this engine, and the extra that brings them.
     needs: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    #: Whether ``steps`` grows all the time while requests run, whatever they wait for. An engine that says so and then
+    #: makes no step for ``engine_stall_s`` hangs, and its worker ends itself so that another is started.
+    counts_steps: ClassVar[bool] = False
     #: Names of parameters whose values are secrets: sealed on the bus, masked wherever they are shown.
     secrets: ClassVar[frozenset[str]] = frozenset({"api_key", "token", "secret_key", "access_token", "password"})
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        #: Counts engine steps; the worker reports it, so that a hung engine is found while its process lives.
+        #: Counts engine steps; see ``counts_steps``.
         self.steps = 0
 
     @classmethod

@@ -74,6 +74,7 @@ class EchoEngine(Engine):
     """Says what it was told, at the pace and with the failures that its parameters ask for."""
 
     name = "echo"
+    counts_steps = True
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -103,20 +104,18 @@ class EchoEngine(Engine):
         said = f"{self.settings.tokens} {self.settings.text}"
         return "echo" + hashlib.sha256(said.encode()).hexdigest()[:12]
 
-    async def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
+    def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         said = next((_said(message) for message in reversed(task.messages) if message.role == "user"), "")
         prompt_tokens = sum(count_tokens(_said(message)) for message in task.messages)
         texts = [self.settings.text or said]
-        async for output in self._answer(texts, said, prompt_tokens, task.sampling, run):
-            yield output
+        return self._answer(texts, said, prompt_tokens, task.sampling, run)
 
-    async def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
+    def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
         prompts = [p if isinstance(p, str) else " ".join(map(str, p)) for p in task.prompt]
         texts = [self.settings.text or prompt for prompt in prompts]
         prompt_tokens = sum(map(count_tokens, prompts))
         prefixes = prompts if task.echo else ()
-        async for output in self._answer(texts, "\n".join(prompts), prompt_tokens, task.sampling, run, prefixes):
-            yield output
+        return self._answer(texts, "\n".join(prompts), prompt_tokens, task.sampling, run, prefixes)
 
     async def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         fails = self._fails(run)

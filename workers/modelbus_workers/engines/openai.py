@@ -83,6 +83,7 @@ class OpenAIEngine(Engine):
     """Passes requests on to a provider and its answers back, and never a truncated answer as a whole one."""
 
     name = "openai"
+    counts_steps = True
     secrets = Engine.secrets | {"proxies"}
 
     def __init__(self, config: EngineConfig) -> None:

@@ -39,6 +39,7 @@ class TransformersEngine(Engine):
 
     name: ClassVar[str] = "transformers"
     needs: ClassVar[tuple[str, ...]] = ("torch", "transformers", "llguidance")
+    counts_steps: ClassVar[bool] = True
     extra: ClassVar[str] = "transformers"
 
     def __init__(self, config: EngineConfig) -> None:

@@ -29,7 +29,7 @@ from modelbus_broker.messages import (
 )
 from modelbus_broker.registry import Registry
 from modelbus_broker.sealing import public_seal_key
-from modelbus_broker.topology import declare_memory
+from modelbus_broker.topology import restore_memory
 
 from .claiming import after_refusal, held_off, may_claim, wished
 from .holdings import Holdings
@@ -213,11 +213,11 @@ class Node:
 
     async def _on_reconnect(self) -> None:
         self._reconnected_at = time.monotonic()
-        if self._may_administer:
-            with contextlib.suppress(JetStreamError, BusUnavailable):
-                await declare_memory(self.bus)
-        self._published = None
         self._renew_wake.set()
+        self._wake()
+        if self._may_administer:
+            await restore_memory(self.bus)
+        self._published = None
         self._wake()
 
     # Running replicas.

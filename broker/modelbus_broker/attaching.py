@@ -1,0 +1,557 @@
+"""Taking up a request that another publisher had: its reader has come here.
+
+What is known of it lies in several places, asked in this order: the publisher that has it, the workers, the kept
+answers, the frames that passed (``MB_OUT``), and the queues, where a request stays until it is answered. ``decide``
+says what follows from it; the rest of this module asks and acts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from . import names
+from .blobs import get_blob
+from .buckets import Bucket
+from .calls import Call
+from .connection import Msg, NoResponders
+from .errors import (
+    AnswerNotKept,
+    BusUnavailable,
+    DeadlineExceeded,
+    ModelBusError,
+    RequestCancelled,
+    StreamNotResumable,
+)
+from .history import History, Seen, covers, stand_ins
+from .messages import (
+    Accepted,
+    Adopt,
+    Failed,
+    FindRun,
+    FoundRun,
+    Frame,
+    Held,
+    Request,
+    Stop,
+    decode_found,
+    decode_frames,
+    decode_held,
+    decode_kept_answer,
+    decode_request,
+    encode,
+)
+from .publisher import Publisher
+from .pulling import parse_ack_subject
+from .reading import read_batch
+
+log = logging.getLogger(__name__)
+
+#: Publishers and workers answer within so long, or they are not there.
+ASK_S = 0.5
+#: After the first worker has answered, others that hold the same request have so long.
+OTHERS_S = 0.03
+#: Between two looks, at first and at last.
+LOOK_S, LOOK_AGAIN_S = 0.2, 1.0
+#: A request that nobody has for so long, and that is not in its queue, or was with a worker, is lost.
+NOBODY_S = 2.0
+#: The clocks of publishers and of the bus differ by less.
+SKEW_MS = 10_000
+#: A first attempt is stored within so long of its id's time.
+STORED_WITHIN_MS = 120_000
+#: Further than the end of any run.
+_NO_FRAMES = 1 << 60
+
+Step = Literal["adopt", "wait", "replay", "fail", "go_on", "publish", "lost"]
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found out about a request in one look."""
+
+    held: bool = False  #: a publisher has it and keeps it
+    running: bool = False  #: a worker has it, its frames included
+    belongs: bool = True  #: what that run says continues what the reader has seen
+    complete: bool = False  #: the whole answer is known, what the reader has seen included
+    failed: bool = False  #: it failed for good
+    seen_frames: bool = False  #: what the reader has seen is known, and can be gone on from
+    begun: bool = False  #: the reader has seen something
+    request: bool = False  #: it is known what was asked
+    queued: bool = False  #: it waits in a queue, or its worker has not acknowledged it
+    nobody_for_s: float = 0.0  #: how long neither a publisher nor a worker has known it
+
+
+def decide(known: Known) -> Step:
+    """What to do next."""
+    if known.held:
+        return "wait"
+    if known.running and known.belongs:
+        return "adopt"
+    if known.complete:
+        return "replay"
+    if known.failed and not known.running:
+        return "fail"
+    if known.running:
+        # Another run has begun anew. Two texts are never mixed: the one that was seen goes on.
+        return "go_on" if known.seen_frames and known.request else "lost"
+    if known.nobody_for_s < NOBODY_S and (known.queued or known.request):
+        return "wait"
+    if known.begun:
+        return "go_on" if known.seen_frames and known.request else "lost"
+    if known.queued:
+        return "wait"  # a worker will take it, or take it again
+    return "publish" if known.request else "lost"
+
+
+class Attaching:
+    """Takes up requests for one publisher."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+
+    async def take_up(
+        self,
+        request_id: str,
+        *,
+        seen: Seen | None = None,
+        model: str = "",
+        asked: Request | None = None,
+        streams: bool = True,
+        if_unread: bool = False,
+    ) -> Call:
+        """A call that gives the whole answer from its beginning, as far as it is known, and then what comes.
+
+        It can return before the request is found to run; the call waits for that.
+
+        Args:
+            seen: how far the reader has come: what the call gives belongs to the same text.
+            model: of the request, if known; the queues are searched faster.
+            asked: what was asked, if the reader says it again; nobody else may know it any more.
+            streams: the reader passes on what it gets.
+            if_unread: wait for the whole answer while somebody else reads it; otherwise that reader loses it.
+
+        Raises:
+            StreamNotResumable: nobody knows it, or its rest cannot be had.
+            ModelBusError: what the request ended with.
+        """
+        try:
+            started_ms, origin = names.started_ms_of(request_id), names.publisher_of(request_id)
+        except (ValueError, IndexError) as error:
+            raise StreamNotResumable(f"{request_id!r} is not the id of a request") from error
+        pursuit = _Pursuit(self._publisher, request_id, started_ms, origin, seen, model, asked, streams, if_unread)
+        await pursuit.begin()
+        return pursuit.call
+
+
+class _Pursuit:
+    """One request on its way here."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        request_id: str,
+        started_ms: int,
+        origin: str,
+        seen: Seen | None,
+        model: str,
+        asked: Request | None,
+        streams: bool,
+        if_unread: bool,
+    ) -> None:
+        self._publisher, self._bus = publisher, publisher.bus
+        self._id, self._started_ms, self._origin = request_id, started_ms, origin
+        self._seen, self._model, self._asked, self._if_unread = seen, model, asked, if_unread
+        self._request = asked
+        self._stored = True
+        self._published_again = False
+        self._history = History()
+        self._read_up_to: dict[str, int] = {}  #: subject -> the next sequence to read there
+        self._nobody_since = 0.0
+        now = asyncio.get_running_loop().time()
+        budget_ms = asked.budget_ms if asked is not None else 600_000
+        self._until = now + max(0.0, started_ms + budget_ms - time.time_ns() / 1e6) / 1000
+        stub = asked or Request(id=request_id, model=model, stream=streams)
+        self.call = Call(publisher, stub, self._until)
+        self.call.attached = self.call.outlives = True
+        self.call.streams = streams
+        self.call.shown = seen is not None
+
+    async def begin(self) -> None:
+        """Looks once; what is not there yet is waited for in a task of its own."""
+        self._publisher.moving.expect(self._id)
+        if not await self._look():
+            self.call.pursuit = self._publisher.spawn(self._go_on_looking())
+
+    async def _go_on_looking(self) -> None:
+        pause = LOOK_S
+        try:
+            while not self.call.over:
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.3, LOOK_AGAIN_S)
+                if asyncio.get_running_loop().time() > self._until:
+                    raise DeadlineExceeded("the answer did not come before the request's time was up")
+                try:
+                    if await self._look():
+                        return
+                except BusUnavailable as error:
+                    log.info("request %s is looked for: %s", self._id, error.message)
+        except ModelBusError as error:
+            self.call.fail(error)
+
+    # One look
+
+    async def _look(self) -> bool:
+        """True when the call has got what is to be had: it runs here now, or it is over."""
+        held = await self._ask_publishers()
+        found = None if held is not None and not held.given else await self._find()
+        if found is not None and found.publisher not in ("", self._publisher.id, self._origin):
+            # Another one has taken it up before us.
+            held = await self._ask(found.publisher) or held
+        known = await self._known(held, found)
+        step = decide(known)
+        match step:
+            case "wait":
+                return False
+            case "adopt":
+                assert found is not None
+                return await self._adopt(found)
+            case "replay":
+                self.call.preload(self._history.complete() or ())
+            case "fail":
+                failure = self._history.failure()
+                assert failure is not None
+                if failure.code == RequestCancelled.code:
+                    raise StreamNotResumable(f"the request was ended: {failure.message}")
+                self.call.preload(self._history.chain(failure.run) or [failure])
+            case "go_on":
+                self._go_on(found)
+            case "publish":
+                return await self._publish()
+            case "lost":
+                raise StreamNotResumable(self._why_lost())
+        return True
+
+    async def _known(self, held: Held | None, found: FoundRun | None) -> Known:
+        here = found is not None and found.first >= 0
+        if (held is not None and held.known) or here:
+            self._nobody_since = 0.0
+        elif not self._nobody_since:
+            self._nobody_since = time.monotonic()
+        kept_by_other = held is not None and held.known and not held.given
+        if kept_by_other:
+            return Known(held=not await self._read_kept(), complete=self._is_complete())
+        belongs = here
+        if here:
+            assert found is not None
+            belongs = await self._belongs(found)
+            if belongs:
+                return Known(running=True)
+        await self._read_kept()
+        if not self._is_complete():
+            await self._read_all_frames()
+        queued = False
+        if not here and not self._is_complete():
+            queued = await self._is_queued()
+        elif here and found is not None and found.request is not None:
+            self._request = found.request
+        return Known(
+            running=here,
+            belongs=belongs,
+            complete=self._is_complete(),
+            failed=self._history.failure() is not None and not queued,
+            seen_frames=self._seen is not None and covers(self._history.chain(self._seen.run) or (), self._seen),
+            begun=self._seen is not None,
+            request=self._request is not None,
+            queued=queued,
+            nobody_for_s=time.monotonic() - self._nobody_since if self._nobody_since else 0.0,
+        )
+
+    def _is_complete(self) -> bool:
+        answer = self._history.complete()
+        return answer is not None and covers(answer, self._seen)
+
+    # Asking
+
+    async def _ask_publishers(self) -> Held | None:
+        """What the publisher that has the request says; None when none has it."""
+        if self._has_other_reader():
+            return await self._ask(self._publisher.id)
+        asked: set[str] = set()
+        who, held = self._origin, None
+        while who and who not in asked:
+            asked.add(who)
+            if (held := await self._ask(who)) is None or held.known:
+                return held
+            who = held.moved_to
+        return held
+
+    def _has_other_reader(self) -> bool:
+        """Whether this very publisher has the request, for somebody else."""
+        return self._publisher.call_of(self._id) not in (None, self.call)
+
+    async def _ask(self, who: str) -> Held | None:
+        adopt = Adopt(id=self._id, publisher=self._publisher.id, if_unread=self._if_unread)
+        if who == self._publisher.id:
+            if self._publisher.call_of(self._id) is self.call:
+                return None
+            held = self._publisher.moving.give(adopt)
+        else:
+            try:
+                msg = await self._bus.request(names.control_subject(who), encode(adopt), timeout_s=ASK_S)
+                held = decode_held(msg.data)
+            except (NoResponders, TimeoutError, msgspec.MsgspecError):
+                return None
+        if held.given:
+            self._learn(held.request, held.left_ms)
+            self._stored = held.stored
+        return held
+
+    def _learn(self, request: Request | None, left_ms: int) -> None:
+        if request is not None:
+            self._request = request
+            self.call.view = request.view or self.call.view
+        if left_ms:
+            self._until = self.call.deadline = asyncio.get_running_loop().time() + left_ms / 1000
+
+    async def _find(self) -> FoundRun | None:
+        """What the workers say; the newest run counts, and one whose frames are still there before one that is gone."""
+        answers: list[FoundRun] = []
+        heard = asyncio.Event()
+
+        def take(msg: Msg) -> None:
+            if msg.status != "503":
+                with contextlib.suppress(msgspec.MsgspecError):
+                    answers.append(decode_found(msg.data))
+            heard.set()
+
+        inbox = self._bus.new_inbox()
+        subscription = await self._bus.subscribe(inbox, take)
+        try:
+            await self._bus.publish(names.FIND, encode(FindRun(id=self._id)), reply=inbox)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASK_S):
+                    await heard.wait()
+            if answers:
+                await asyncio.sleep(OTHERS_S)
+        finally:
+            await subscription.unsubscribe()
+        return max(answers, key=lambda found: (found.first >= 0, *names.parse_run(found.state.run)[:2]), default=None)
+
+    # Reading what was kept
+
+    async def _read_kept(self) -> bool:
+        """Reads the answer that its worker has kept. False: there is none."""
+        entry = await Bucket(self._bus, names.BUCKET_ANSWERS).get(self._id)
+        if entry is None or entry.deleted:
+            return False
+        kept = decode_kept_answer(entry.value)
+        if kept.lost:
+            raise AnswerNotKept(f"the request was answered, but its answer was not kept: {kept.lost}")
+        frames = await get_blob(self._bus, kept.blob) if kept.blob is not None else kept.frames
+        self._history.add(decode_frames(frames))
+        return True
+
+    async def _read_all_frames(self) -> None:
+        """Those that went to the publisher in the id, then those that went to others: there are more to look through."""
+        await self._read_frames(f"mb.rsp.{self._origin}.*")
+        if not self._is_complete():
+            await self._read_frames("mb.rsp.*.*")
+
+    async def _read_frames(self, subject: str) -> None:
+        """Reads the frames that have passed since the last look."""
+        needle = self._id.encode()
+        seq = self._read_up_to.get(subject, 0)
+        while True:
+            since_ms = 0.0 if seq else max(1.0, self._started_ms - SKEW_MS)
+            found = await read_batch(
+                self._bus, names.STREAM_OUT, subject, seq=max(seq, 1), since_ms=since_ms, batch=1000
+            )
+            if not found:
+                return
+            for message in found:
+                if needle in message.data:
+                    with contextlib.suppress(msgspec.MsgspecError):
+                        self._history.add(f for f in decode_frames(message.data) if f.id == self._id)
+            seq = self._read_up_to[subject] = found[-1].seq + 1
+
+    async def _is_queued(self) -> bool:
+        """Looks for the request in the queues, where a message stays until its worker acknowledges it."""
+        token = names.model_token(self._model) if self._model else "*"
+        last_ms = self._started_ms + STORED_WITHIN_MS
+        searches = [
+            (names.STREAM_RE, f"mb.re.{token}.>", float("inf")),
+            (names.STREAM_HI, f"mb.req.{token}.hi.>", last_ms),
+            (names.STREAM_LO, f"mb.req.{token}.lo.>", last_ms),
+        ]
+        for stream, subject, until_ms in searches:
+            since_ms, seq = max(1.0, self._started_ms - SKEW_MS), 1
+            while found := await read_batch(self._bus, stream, subject, seq=seq, since_ms=since_ms, batch=256):
+                for message in found:
+                    if message.message_id.rpartition(".")[0] == self._id:
+                        request = decode_request(message.data)
+                        left_ms = message.stored_ms + request.budget_ms - time.time_ns() / 1e6
+                        self._learn(request, max(1, round(left_ms)))
+                        return True
+                if found[-1].stored_ms > until_ms:
+                    break
+                seq, since_ms = found[-1].seq + 1, 0.0
+        return False
+
+    # Acting
+
+    async def _belongs(self, found: FoundRun) -> bool:
+        """Whether a run says what the reader has seen, or goes on from it."""
+        seen, request = self._seen, found.request
+        if seen is None or seen.run == found.state.run:
+            return True
+        if request is None or not request.continues:
+            return False
+        if request.continues == seen.run:
+            return _reaches(_starts(request), seen.positions)
+        await self._read_all_frames()
+        return covers(self._history.before(request.continues, _starts(request)) or (), seen)
+
+    async def _adopt(self, found: FoundRun) -> bool:
+        """Takes a run over. False when its worker has lost it meanwhile, or has given it to somebody else."""
+        run, request = found.state.run, found.request
+        earlier, own = await self._earlier(found), await self._beginning(found)
+        adopt = Adopt(id=self._id, run=run, publisher=self._publisher.id, of=found.publisher, seq=_NO_FRAMES)
+        try:
+            msg = await self._bus.request(names.control_subject(found.worker), encode(adopt), timeout_s=ASK_S)
+            now = decode_found(msg.data)
+        except (NoResponders, TimeoutError, msgspec.MsgspecError):
+            return False
+        if now.publisher != self._publisher.id or now.state.run != run:
+            return False
+        call = self.call
+        if self._has_other_reader():
+            return False  # it was faster
+        if call.over:
+            self._publisher.moving.back(self._id)  # nobody wants it: the worker hears so
+            return True
+        accepted = None
+        if found.ack_subject and request is not None:
+            accepted = Accepted(
+                id=self._id, run=run, seq=0, ack_subject=found.ack_subject, compat=found.compat, delivery=found.delivery
+            )
+        self._learn(request, found.left_ms)
+        call.take_over(request or call.request, earlier, accepted, now.first)
+        if request is not None and request.output_token_ids:
+            # Frames that stand in for lost ones have no tokens.
+            call.token_ids = [list(ids) for ids in request.output_token_ids]
+            call.chars = list(request.emitted_chars)
+        if accepted is None:
+            call.reception.fence = names.parse_run(run)[0]
+            call.reception.run, call.reception.next_seq = run, now.first
+        call.preload(own)
+        self._take_place()
+        self._publisher.tell(found.worker, msgspec.structs.replace(adopt, of=self._publisher.id, seq=now.first))
+        return True
+
+    async def _earlier(self, found: FoundRun) -> list[Frame]:
+        """What was said in the runs that this one goes on from.
+
+        Raises:
+            StreamNotResumable: it is gone, and the reader needs it.
+        """
+        request = found.request
+        if request is None or not request.output_token_ids:
+            return []
+        if request.earlier or request.earlier_blob is not None:
+            blob = request.earlier_blob
+            return decode_frames(request.earlier if blob is None else await get_blob(self._bus, blob))
+        await self._read_all_frames()
+        starts = _starts(request)
+        earlier = self._history.before(request.continues, starts)
+        if earlier is None and self._seen is not None:
+            seen = self._seen
+            if seen.run == found.state.run:
+                seen = Seen(run=request.continues, seq=0, positions=[start[0] for start in starts])
+            earlier = stand_ins(self._id, seen, starts)
+        if earlier is None:
+            raise StreamNotResumable("the beginning of the answer is no longer kept")
+        return earlier
+
+    async def _beginning(self, found: FoundRun) -> list[Frame]:
+        """What the run said before the first frame that its worker still has; raises as ``_earlier``."""
+        if not found.first:
+            return []
+        await self._read_all_frames()
+        frames = self._history.run(found.state.run)[: found.first]
+        if len(frames) < found.first:
+            raise StreamNotResumable("the beginning of the answer is no longer kept")
+        return frames
+
+    def _go_on(self, found: FoundRun | None) -> None:
+        """The run that the reader has seen is gone: another attempt goes on from its tokens."""
+        assert self._seen is not None and self._request is not None
+        frames = self._history.chain(self._seen.run)
+        assert frames is not None
+        own = self._history.run(self._seen.run)
+        first, last = own[0], own[-1]
+        assert isinstance(first, Accepted)
+        if found is not None:
+            self._publisher.tell(found.worker, Stop(id=self._id, run=found.state.run, reason="superseded"))
+        newest = max(names.parse_run(run)[0] for run in self._history.newest_first())
+        request = msgspec.structs.replace(self._request, attempt=max(newest, self._request.attempt))
+        accepted = first
+        if found is not None and found.ack_subject:
+            # Its message is the one that is still in a queue.
+            accepted = msgspec.structs.replace(first, ack_subject=found.ack_subject)
+        self._learn(None, self._left_ms(first, request))
+        self.call.take_over(request, [f for f in frames if not isinstance(f, Failed)], accepted, len(own))
+        self._take_place()
+        handed_over = isinstance(last, Failed) and last.handover
+        self._publisher.give_up_run(
+            self.call, f"the worker of run {self._seen.run} does not answer", handover=handed_over
+        )
+
+    def _left_ms(self, accepted: Accepted, request: Request) -> int:
+        try:
+            *_, stored_ns = parse_ack_subject(accepted.ack_subject)
+        except ValueError:
+            return 0
+        return max(1, round(stored_ns / 1e6 + request.budget_ms - time.time_ns() / 1e6))
+
+    async def _publish(self) -> bool:
+        """Nobody has it and no queue has it: its publisher died before it had sent it."""
+        assert self._request is not None
+        if self._has_other_reader():
+            return False  # it was faster
+        if self._published_again:
+            raise StreamNotResumable("the request was taken by a worker once, and what became of it is not known")
+        self._published_again = True
+        self._nobody_since = 0.0
+        request = self._request
+        if self._origin != self._publisher.id:
+            request = msgspec.structs.replace(request, publisher=self._publisher.id)
+        self.call.take_over(request, (), None, 0)
+        self._take_place()
+        await self._publisher.publish_again(self.call)
+        await self.call.stored()
+        # A duplicate tells its frames to the publisher that was first.
+        return self.call.publication is not None and not self.call.publication.duplicate
+
+    def _take_place(self) -> None:
+        self._publisher.moving.back(self._id)
+        self._publisher.register(self.call)
+
+    def _why_lost(self) -> str:
+        if self._seen is not None and self._history.newest_first():
+            return "the answer that was being read cannot be gone on with: what was said, or what was asked, is no longer kept"
+        return f"nothing is known of the request {self._id} (any more)"
+
+
+def _starts(request: Request) -> list[list[int]]:
+    return [[len(ids), chars] for ids, chars in zip(request.output_token_ids, request.emitted_chars, strict=False)]
+
+
+def _reaches(starts: Sequence[Sequence[int]], positions: Sequence[int]) -> bool:
+    """Whether a run that begins at ``starts`` leaves out nothing, and repeats nothing, of what was seen."""
+    reached = [*(start[0] for start in starts), *[0] * (len(positions) - len(starts))]
+    return all(position <= start for position, start in zip(positions, reached, strict=False))

@@ -1,0 +1,70 @@
+"""What must be true on the bus when all requests have come to an end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection
+
+import msgspec
+from modelbus_broker import names
+from modelbus_broker.connection import Bus
+from modelbus_broker.errors import ModelBusError
+from modelbus_broker.messages import decode_usage_events
+from modelbus_broker.reading import read_stream
+from modelbus_broker.topology import depths, queued, running
+
+
+class Audit(msgspec.Struct, frozen=True, kw_only=True):
+    """What the bus holds at the end."""
+
+    outcomes: Counter[str]  #: of all runs, by their usage events
+    unbilled: int  #: answers whose worker was killed between the last frame and the bill
+    failures: list[str]  #: what must not be
+
+
+async def audit(bus: Bus, model: str, answered: Collection[str], *, timeout_s: float = 120.0) -> Audit:
+    """Waits until the queues are empty, and then compares the ledger with the answers.
+
+    Args:
+        answered: ids of the requests that a client got a whole answer to.
+    """
+    failures = await _left_in_queues(bus, model, timeout_s)
+    dead = (await bus.js_request(f"STREAM.INFO.{names.STREAM_DEAD}"))["state"]["messages"]
+    if dead:
+        failures.append(f"{dead} dead letters")
+    outcomes: Counter[str] = Counter()
+    done: dict[str, list[str]] = {}
+    async for message in read_stream(bus, names.STREAM_USAGE, names.USAGE, batch=256):
+        for event in decode_usage_events(message.data):
+            outcomes[event.outcome] += 1
+            if event.outcome == "done":
+                done.setdefault(event.id, []).append(event.run)
+            elif event.outcome == "failed":
+                failures.append(f"run {event.run} of {event.id} failed: {event.code}")
+    unbilled = 0
+    for id in answered:
+        runs = done.get(id, [])
+        unbilled += not runs
+        # A later attempt takes the place of an earlier one that was booked by a worker which died before its last frame
+        # had arrived: who bills an id takes its last attempt.
+        attempts = Counter(names.parse_run(run)[0] for run in runs)
+        if any(count > 1 for count in attempts.values()):
+            failures.append(f"{id} was answered and an attempt of it is billed more than once: {runs}")
+    return Audit(outcomes=outcomes, unbilled=unbilled, failures=failures)
+
+
+async def _left_in_queues(bus: Bus, model: str, timeout_s: float) -> list[str]:
+    left = "the bus did not answer"
+    try:
+        async with asyncio.timeout(timeout_s):
+            while left:
+                try:
+                    counts = await queued(bus, model), await running(bus, model), sum((await depths(bus)).values())
+                    left = "{} waiting, {} with a worker, {} stored".format(*counts) if any(counts) else ""
+                except ModelBusError as error:
+                    left = error.message
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        return [f"left in the queues: {left}"]
+    return []

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+from modelbus_broker import names
+from modelbus_broker.connection import Bus
+from modelbus_broker.messages import UsageEvent
+from modelbus_broker.pulling import Pulled, Puller
+from modelbus_broker.topology import consumers_of, declare_model
+from modelbus_workers.ledger import Ledger
+
+from tests.helpers.bus_nodes import BusNodes
+
+CONSUMER = f"{names.STREAM_HI}.{names.consumer_name('m', 'hi', 0)}"
+
+
+async def pulled(bus: Bus, count: int) -> list[Pulled]:
+    """So many messages of the model, delivered once and not acknowledged."""
+    got: list[Pulled] = []
+    for n in range(count):
+        await bus.js_publish(names.request_subject("m", "hi"), b"%d" % n)
+    puller = Puller(bus, consumers_of("m"), free=lambda: count - len(got), take=got.append)
+    await puller.start()
+    async with asyncio.timeout(60):
+        while len(got) < count:
+            await asyncio.sleep(0.05)
+    await puller.stop()
+    return got
+
+
+def event(n: int) -> UsageEvent:
+    return UsageEvent(id=f"g-1-{n}", run="1.1.w", model="m", deployment="m")
+
+
+async def test_all_that_ended_is_acknowledged_and_billed(bus: Bus) -> None:
+    await declare_model(bus, "m")
+    messages = await pulled(bus, 5)
+    ledger = Ledger(bus)
+    ledger.start()
+    for n, message in enumerate(messages):
+        ledger.book(event(n), message.ack_subject)
+    ledger.book(event(5), "")
+    await ledger.close(timeout_s=60)
+    assert not ledger.waiting
+    info = await bus.js_request(f"CONSUMER.INFO.{CONSUMER}")
+    assert (info["num_ack_pending"], info["num_pending"]) == (0, 0)
+    assert (await bus.js_request(f"STREAM.INFO.{names.STREAM_HI}"))["state"]["messages"] == 0
+
+
+@pytest.mark.timeout(240)
+async def test_an_acknowledgement_that_dies_with_a_server_is_said_again(tmp_path: Path) -> None:
+    async with BusNodes(tmp_path) as nodes:
+        async with await nodes.connect("admin") as admin:
+            await nodes.declare(admin)
+            await declare_model(admin, "m")
+            leader = (await admin.js_request(f"CONSUMER.INFO.{CONSUMER}"))["cluster"]["leader"]
+            lost = next(server for server in nodes.servers if server.settings.store.name == leader)
+            other = next(server for server in nodes.servers if server is not lost)
+        # Connected elsewhere, it does not notice by its connection that the consumer's leader has died.
+        settings = msgspec.structs.replace(admin.settings, url=other.url)
+        async with await Bus.connect(settings, name="worker") as bus:
+            messages = await pulled(bus, 3)
+            ledger = Ledger(bus, events=False)
+            ledger.start()
+            os.kill(lost.pid, signal.SIGSTOP)
+            for n, message in enumerate(messages):
+                ledger.book(event(n), message.ack_subject)
+            await asyncio.sleep(0.5)  # they are in the hands of the server that dies now
+            lost.kill()
+            await ledger.close(timeout_s=60)
+            async with asyncio.timeout(60):
+                while (await bus.js_request(f"STREAM.INFO.{names.STREAM_HI}"))["state"]["messages"]:
+                    await asyncio.sleep(0.1)

@@ -1,0 +1,78 @@
+"""Runs that may not be the only ones: their worker stood still, or the bus delivered their message again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from modelbus_broker.topology import ACK_WAIT_S
+from modelbus_workers.pulse import STOOD_STILL_S, Pulse
+
+from tests.helpers.asking import begun, outcomes, settled, whole
+from tests.helpers.cluster import Cluster
+
+WORDS = "the quick brown fox jumps over the lazy dog"
+
+
+def test_a_pulse_that_missed_its_beats_tells_for_how_long() -> None:
+    gaps: list[float] = []
+    pulse = Pulse(gaps.append)
+    pulse.beat()
+    pulse._last -= STOOD_STILL_S / 2
+    pulse.beat()
+    assert gaps == []
+    pulse._last -= STOOD_STILL_S + 1
+    pulse.beat()
+    pulse.beat()
+    (gap,) = gaps
+    assert STOOD_STILL_S < gap < STOOD_STILL_S + 60
+
+
+async def test_a_worker_that_wakes_up_asks_before_it_ends_what_went_on_elsewhere(cluster: Cluster) -> None:
+    workers = await cluster.deploy_echo(workers=2, slots="8", interval_ms="50", tokens="40")
+    publisher = await cluster.publisher()
+    asked = [await begun(publisher, "echo", f"{WORDS} {n}", stream=n % 2 > 0) for n in range(6)]
+    frozen = next(worker for worker in workers if asked[0][0].reception.run.endswith(worker.id))
+    lost = [call for call, _ in asked if call.reception.run.endswith(frozen.id)]
+    frozen.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(60):
+        answers = await asyncio.gather(*(task for _, task in asked))
+    assert answers == [whole(f"{WORDS} {n}", 40) for n in range(6)]
+    # All that it still had to say is overdue: it would say it, and bill it, in the first moment.
+    frozen.send_signal(signal.SIGCONT)
+    async with asyncio.timeout(60):
+        while (await outcomes(cluster.bus)).total() < 6 + len(lost):
+            await asyncio.sleep(0.1)
+    ends = await outcomes(cluster.bus)
+    assert ends.pop("done") == 6
+    assert ends.total() == len(lost)
+    await settled(cluster.bus, "echo")
+
+
+async def test_a_message_that_comes_again_to_the_worker_that_has_it_starts_no_second_run(cluster: Cluster) -> None:
+    await cluster.deploy_echo(slots="8", interval_ms="50", tokens="40")
+    publisher = await cluster.publisher()
+    call, task = await begun(publisher, "echo", WORDS)
+    assert call.accepted is not None
+    await cluster.bus.publish(call.accepted.ack_subject, b"-NAK")
+    async with asyncio.timeout(60):
+        assert await task == whole(WORDS, 40)
+    await settled(cluster.bus, "echo")
+    assert await outcomes(cluster.bus) == {"done": 1}
+
+
+async def test_what_is_delivered_again_when_its_publisher_is_gone_is_not_run_for_nobody(cluster: Cluster) -> None:
+    workers = await cluster.deploy_echo(workers=2, slots="8", interval_ms="100", tokens="200")
+    publisher = await cluster.publisher()
+    call, task = await begun(publisher, "echo", WORDS)
+    # Both die: as far as the bus knows the request is with a worker until its ack wait is over.
+    holder = next(worker for worker in workers if call.reception.run.endswith(worker.id))
+    await publisher.bus.close()
+    holder.send_signal(signal.SIGKILL)
+    async with asyncio.timeout(ACK_WAIT_S + 60):
+        while not await outcomes(cluster.bus):
+            await asyncio.sleep(0.2)
+    assert await outcomes(cluster.bus) == {"waste": 1}
+    await settled(cluster.bus, "echo")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
