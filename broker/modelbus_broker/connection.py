@@ -318,7 +318,9 @@ class Bus:
         try:
             msg = await self.request(f"$JS.API.{api}", payload, timeout_s=timeout_s)
         except (NoResponders, TimeoutError) as error:
-            raise BusUnavailable(f"JetStream does not answer {api.split('.')[0]}: {error or 'time out'}") from error
+            raise BusUnavailable(
+                f"JetStream does not answer {api.split('.')[0]}: {str(error) or f'no answer in {timeout_s:g} s'}"
+            ) from error
         answer: dict[str, Any] = _json.decode(msg.data)
         if "error" in answer:
             raise _jetstream_error(answer["error"])
@@ -361,7 +363,9 @@ class Bus:
             except (NoResponders, TimeoutError, BusUnavailable) as error:
                 # While a cluster elects a leader, or a server starts, nobody answers for the stream.
                 if not msg_id or time.monotonic() + 0.1 >= end:
-                    raise BusUnavailable(f"no stream stored the message on {subject}: {error or 'time out'}") from error
+                    raise BusUnavailable(
+                        f"no stream stored the message on {subject}: {str(error) or 'no answer'}"
+                    ) from error
                 await asyncio.sleep(0.1)
 
     async def flush(self) -> None:

@@ -324,7 +324,7 @@ async def _health(port: int) -> str:
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
     except (OSError, TimeoutError) as error:
-        return f"its monitoring port does not answer: {error or type(error).__name__}"
+        return f"its monitoring port does not answer: {str(error) or type(error).__name__}"
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
     return "" if status == [b"200"] else body.decode(errors="replace").strip() or "no answer"

@@ -116,7 +116,9 @@ class Storing:
         """Sends an attempt on its way and returns at once; ``answered`` hears what becomes of it."""
         headers = b""
         if self._settings.dedupe or self._settings.expiry:
-            msg_id = f"Nats-Msg-Id: {names.message_id(request.id, request.attempt)}\r\n" if self._settings.dedupe else ""
+            msg_id = (
+                f"Nats-Msg-Id: {names.message_id(request.id, request.attempt)}\r\n" if self._settings.dedupe else ""
+            )
             ttl = f"Nats-TTL: {request.budget_ms // 1000 + 60}s\r\n" if self._settings.expiry else ""
             headers = f"NATS/1.0\r\n{msg_id}{ttl}\r\n".encode()
         until = time.monotonic() + min(self._settings.accept_timeout_s, request.budget_ms / 1000)

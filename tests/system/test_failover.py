@@ -250,20 +250,25 @@ TASKS += [
 ]  # fmt: skip
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-async def test_a_real_model_goes_on_token_for_token(cluster: Cluster, how: signal.Signals) -> None:
+@pytest.fixture(scope="module")
+def folder() -> str:
+    """Of the real model; made before a test's bus starts, as it may take longer than a connection may be silent."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    return str(smollm2())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+async def test_a_real_model_goes_on_token_for_token(folder: str, cluster: Cluster, how: signal.Signals) -> None:
     print(f"seed {SEED}")
     chance = random.Random(SEED + how)
     deployment = Deployment(
-        name="chat", model="chat", engine="transformers", revision="1", model_path=str(smollm2()), replicas=3, slots=3,
+        name="chat", model="chat", engine="transformers", revision="1", model_path=folder, replicas=3, slots=3,
         engine_params={"dtype": "float32", "num_threads": "1"},
     )  # fmt: skip
     await cluster.declare(deployment)
     workers = [cluster.start_worker(deployment, replica=n) for n in range(2)]
-    await asyncio.to_thread(smollm2)
     await cluster.wait_ready("chat", 2, timeout_s=120)
     publisher = await cluster.publisher()
     undisturbed = [Stream(await publisher.submit("chat", task)) for task in TASKS]

@@ -169,7 +169,7 @@ class Ledger:
                         "%d requests may be delivered again: nobody hears that they are done", len(ack_subjects)
                     )
                     return
-                log.info("acknowledgements are said again: %s", error or "no answer")
+                log.info("acknowledgements are said again: %s", str(error) or "no answer")
                 await asyncio.sleep(0.2)
 
     def _certain(self, entries: list[Entry]) -> list[Entry]:

@@ -188,6 +188,8 @@ class Held(Message, frozen=True, kw_only=True, tag="held"):
     run: str = ""  #: that counts, "" while none is known
     left_ms: int = 0  #: until its deadline
     request: Request | None = None  #: as published last
+
+
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """On ``mb.ctl.<publisher>``: take this request back; whoever waits for it gets ``request_cancelled``."""
 
