@@ -94,6 +94,16 @@ class Publication:
         """Neither stored nor refused yet."""
         return not self.stored and self.error is None
 
+    def tell(self) -> None:
+        """Calls ``answered``, and lets go of it: it has the call, which has this publication. Such a circle lies in
+        memory until the garbage is collected; without it a request's memory is used again by the next one."""
+        answered, self.answered = self.answered, _nobody
+        answered(self)
+
+
+def _nobody(publication: Publication) -> None:
+    """Has been told."""
+
 
 class Storing:
     """Sends publications and hears what becomes of them."""
@@ -155,7 +165,7 @@ class Storing:
             publication.payload = b""
             if publication.withdrawn:
                 self._spawn(self._remove(publication))
-        publication.answered(publication)
+        publication.tell()
 
     def look_after(self, publication: Publication) -> None:
         """Sends it again when it is time to, or gives it up; to be called every now and then while it is open."""
@@ -166,14 +176,15 @@ class Storing:
             if self._bus.connected_for_s > HEAR_FIRST_S:
                 self._send(publication)
             return
-        self.forget(publication)
         publication.error = BusUnavailable("the bus did not store the request: no answer from its stream")
-        publication.answered(publication)
+        publication.tell()
+        self.forget(publication)
 
     def forget(self, publication: Publication) -> None:
         """No longer listens for the stream's answer."""
         self._bus.forget_reply(publication.reply)
         publication.reply = ""
+        publication.answered = _nobody
 
     async def withdraw(self, publication: Publication) -> None:
         """Takes the message out of the queue. Where it lies may not be known yet: the stream has a while to say so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelbus_broker.errors import (
+    AnswerNotKept,
     AuthenticationFailed,
     BusUnavailable,
     ConfigurationError,
@@ -14,6 +15,7 @@ from modelbus_broker.errors import (
     EngineFailed,
     GatewayStopping,
     InvalidRequest,
+    KeyReused,
     MissingExtra,
     ModelBusError,
     ModelNotFound,
@@ -25,6 +27,8 @@ from modelbus_broker.errors import (
     RequestCancelled,
     RequestTooLarge,
     StreamCut,
+    StreamMoved,
+    StreamNotResumable,
     UndeployRefused,
     UnsupportedField,
     UpstreamFailed,
@@ -32,9 +36,10 @@ from modelbus_broker.errors import (
 )
 
 __all__ = [
-    "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict", "ContextLengthExceeded",
-    "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed", "GatewayStopping", "InvalidRequest",
-    "MissingExtra", "ModelBusError", "ModelNotFound", "ModelUnavailable", "NoRoom", "NotFound", "PoisonRequest",
-    "QueueFull", "RequestCancelled", "RequestTooLarge", "StreamCut", "UndeployRefused", "UnsupportedField",
-    "UpstreamFailed", "WorkerLost",
+    "AnswerNotKept", "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict",
+    "ContextLengthExceeded", "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed",
+    "GatewayStopping", "InvalidRequest", "KeyReused", "MissingExtra", "ModelBusError", "ModelNotFound",
+    "ModelUnavailable", "NoRoom", "NotFound", "PoisonRequest", "QueueFull", "RequestCancelled", "RequestTooLarge",
+    "StreamCut", "StreamMoved", "StreamNotResumable", "UndeployRefused", "UnsupportedField", "UpstreamFailed",
+    "WorkerLost",
 ]  # fmt: skip

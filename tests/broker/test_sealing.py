@@ -25,7 +25,11 @@ def test_a_sealed_secret_is_not_in_its_box_and_differs_each_time() -> None:
     assert "sk-secret" not in first
 
 
-@pytest.mark.parametrize("sealed", [seal(public_seal_key(_OTHER), "sk-secret"), "", "AAAA", "not base64 !"])
+@pytest.mark.parametrize(
+    "sealed",
+    [seal(public_seal_key(_OTHER), "sk-secret"), "", "AAAA", "not base64 !"],
+    ids=["of another", "empty", "no box", "no base64"],
+)
 def test_what_another_key_sealed_is_refused_without_showing_anything(sealed: str) -> None:
     with pytest.raises(ConfigurationError, match="another cluster") as caught:
         unseal(_PRIVATE, sealed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
+import weakref
 
 import pytest
 from modelbus_broker import names
@@ -39,6 +41,22 @@ async def test_a_chat_request_comes_back_with_text_usage_and_a_finish_reason(clu
     assert isinstance(frames[-1], Done)
     assert frames[-1].usage.completion_tokens == 3
     await settled(cluster.bus, "echo")
+
+
+async def test_an_answered_request_leaves_no_garbage(cluster: Cluster) -> None:
+    await cluster.deploy_echo()
+    publisher = await cluster.publisher()
+    gc.disable()  # nothing but the count of references frees memory now
+    try:
+        call = await publisher.submit("echo", chat("one two three"))
+        assert [frame async for batch in call.batches() for frame in batch]
+        await call.stored()
+        left = weakref.ref(call)
+        del call
+        await settled(cluster.bus, "echo")
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_embeddings_of_many_texts_come_back_in_order(cluster: Cluster) -> None:

@@ -112,8 +112,10 @@ class Outbox:
         ring.ended_at = time.monotonic()
 
     def forget(self, run_key: str) -> None:
-        """The publisher has the last frame."""
-        self.rings.pop(run_key, None)
+        """The publisher has the last frame, or is not waited for any longer."""
+        ring = self.rings.pop(run_key, None)
+        if ring is not None:
+            ring.execution = None  # which has the ring: a circle would lie here until the garbage is collected
 
     def resend(self, request_id: str, run: str, seq: int) -> None:
         """Sends frames of a run again."""
@@ -140,7 +142,7 @@ class Outbox:
         """Forgets runs that nobody has confirmed for too long."""
         old = time.monotonic() - RING_KEPT_S
         for key in [key for key, ring in self.rings.items() if 0 < ring.ended_at < old]:
-            del self.rings[key]
+            self.forget(key)
 
     def _flush_soon(self) -> None:
         if not self._soon:

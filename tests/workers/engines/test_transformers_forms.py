@@ -245,7 +245,7 @@ async def test_earlier_calls_and_results_reach_a_model_whose_template_knows_none
 async def test_an_answer_with_a_form_goes_on_from_every_position(engine: TransformersEngine, task: Chat) -> None:
     length = len([output async for output in outputs_of(engine, task) if isinstance(output, Output)])
     # Some in the middle, and the last ones, where an answer ends in more than one way.
-    cuts = sorted({*range(1, length, max(1, length // 8)), *range(max(0, length - 2), length + 1)})
+    cuts = sorted({*range(1, length, max(1, length // 4)), *range(max(0, length - 2), length + 1)})
 
     outputs = await goes_on_anywhere(engine, task, cuts)
 
@@ -318,7 +318,7 @@ async def test_each_format_is_written_read_and_gone_on_with(
         assert said(answer.outputs)[0].calls[0].name in SCHEMAS
         token_of_its_own = engine._text is not None and engine._text.call_tokens
         assert token_of_its_own and set(token_of_its_own) == set(marks)
-        await goes_on_anywhere(engine, task, range(3, len(answer.outputs), 12))
+        await goes_on_anywhere(engine, task, range(3, len(answer.outputs), 24))
         assert engine.capabilities().tools
     finally:
         await engine.close()
