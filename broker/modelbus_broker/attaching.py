@@ -126,7 +126,8 @@ class Attaching:
     ) -> Call:
         """A call that gives the whole answer from its beginning, as far as it is known, and then what comes.
 
-        It can return before the request is found to run; the call waits for that.
+        It can return before the request is found to run, but not before it is known what was asked: how the answer
+        is to be shown depends on it. The call waits for the rest.
 
         Args:
             seen: how far the reader has come: what the call gives belongs to the same text.
@@ -172,6 +173,7 @@ class _Pursuit:
         self._history = History()
         self._read_up_to: dict[str, int] = {}  #: subject -> the next sequence to read there
         self._nobody_since = 0.0
+        self._pause_s = LOOK_S
         now = asyncio.get_running_loop().time()
         budget_ms = asked.budget_ms if asked is not None else 600_000
         self._until = now + max(0.0, started_ms + budget_ms - time.time_ns() / 1e6) / 1000
@@ -182,19 +184,18 @@ class _Pursuit:
         self.call.shown = seen is not None
 
     async def begin(self) -> None:
-        """Looks once; what is not there yet is waited for in a task of its own."""
+        """Looks until it is known what was asked; what is not there by then is waited for in a task of its own."""
         self._publisher.moving.expect(self._id)
-        if not await self._look():
-            self.call.pursuit = self._publisher.spawn(self._go_on_looking())
+        while not await self._look():
+            if self._request is not None:
+                self.call.pursuit = self._publisher.spawn(self._go_on_looking())
+                return
+            await self._pause()
 
     async def _go_on_looking(self) -> None:
-        pause = LOOK_S
         try:
             while not self.call.over:
-                await asyncio.sleep(pause)
-                pause = min(pause * 1.3, LOOK_AGAIN_S)
-                if asyncio.get_running_loop().time() > self._until:
-                    raise DeadlineExceeded("the answer did not come before the request's time was up")
+                await self._pause()
                 try:
                     if await self._look():
                         return
@@ -202,6 +203,13 @@ class _Pursuit:
                     log.info("request %s is looked for: %s", self._id, error.message)
         except ModelBusError as error:
             self.call.fail(error)
+
+    async def _pause(self) -> None:
+        """Between two looks. Raises DeadlineExceeded."""
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 1.3, LOOK_AGAIN_S)
+        if asyncio.get_running_loop().time() > self._until:
+            raise DeadlineExceeded("the answer did not come before the request's time was up")
 
     # One look
 
