@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 MADE := .venv/.made
 BIN := .venv/bin
 # So many tests run at once; most of them wait for something. AT_ONCE=0 shows what a test prints.
-AT_ONCE ?= 3
+AT_ONCE ?= 2
 SOURCES := broker sdk workers gateway tests scripts compose
 
 help: ## this list
@@ -26,7 +26,7 @@ demo: $(MADE) ## start a bus and a real language model, ask it a question throug
 	@$(BIN)/python scripts/demo.py
 
 test: $(MADE) ## all tests, with real servers and processes; one file: make test ARGS=tests/broker/test_x.py
-	@$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(MADE) ## ruff, mypy --strict and the direction of imports
 	@$(BIN)/ruff check $(SOURCES)

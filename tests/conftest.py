@@ -16,6 +16,9 @@ from modelbus_broker.topology import declare_bus
 
 from tests.helpers.cluster import Cluster
 
+# Several tests run side by side: engines that wait for each other's threads only slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
@@ -25,6 +28,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that may take long come first, so that side by side none of them is left to run alone."""
+    patience: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        allowed = float(marker.args[0]) if marker is not None else 0.0
+        patience[item.path] = max(allowed, patience.get(item.path, 0.0))
+    items.sort(key=lambda item: -patience[item.path])
 
 
 @pytest.fixture(autouse=True)

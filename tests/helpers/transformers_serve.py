@@ -25,7 +25,7 @@ def transformers_serve(folder: Path, scratch: Path, *, timeout_s: float = 100.0)
     """Serves the model in ``folder`` on the loopback until the context ends. Needs fastapi and uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "float32", "--log-level", "error", str(folder)]
     log = scratch / "transformers-serve.log"

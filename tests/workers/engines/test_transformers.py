@@ -122,7 +122,7 @@ async def started(**config: Any) -> TransformersEngine:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
-    made = await started(model_path=str(folder), params={"num_threads": "2", "dtype": "float32"}, slots=3)
+    made = await started(model_path=str(folder), params={"num_threads": "1", "dtype": "float32"}, slots=3)
     yield made
     await made.close()
 

@@ -84,7 +84,7 @@ def chat(text: str, *, sampling: dict[str, Any] | None = None, **fields: Any) ->
 async def started(folder: Path, **params: str) -> TransformersEngine:
     engine = TransformersEngine(
         EngineConfig(
-            model="m", model_path=str(folder), params={"num_threads": "2", "dtype": "float32"} | params, slots=3
+            model="m", model_path=str(folder), params={"num_threads": "1", "dtype": "float32"} | params, slots=3
         )
     )
     await engine.start()
