@@ -79,6 +79,7 @@ CLOSE_S = 3.0
 #: So long whoever cancels a request from elsewhere waits to hear that its engine has let go.
 LET_GO_S = 2.0
 SUPERSEDED_KEPT = 10_000  #: how many runs a publisher remembers that were given up
+ANSWERED_KEPT = 10_000  #: and of how many requests that are over it remembers which run counted
 DAY_MS = 24 * 3600 * 1000
 #: What was said before travels inside the next attempt up to this size.
 EARLIER_LIMIT = 128 << 10
@@ -130,6 +131,7 @@ class Publisher:
         self._per_model: dict[str, int] = {}
         self._heard: dict[str, float] = {}  # worker -> when
         self._superseded: OrderedDict[str, None] = OrderedDict()  #: keys of runs that were given up as lost
+        self._answered: OrderedDict[str, str] = OrderedDict()  #: request -> the run that counted
         self._declared: set[str] = set()  #: subjects of half answers whose consumer is there
         self._worker_offset = len(names.response_subject(self.id, ""))
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -418,6 +420,10 @@ class Publisher:
         if self._calls.get(call.id) is not call:
             return  # it was never ours, or is another call's by now
         del self._calls[call.id]
+        if call.reception.run:
+            self._answered[call.id] = call.reception.run
+            if len(self._answered) > ANSWERED_KEPT:
+                self._answered.popitem(last=False)
         if call.publication is not None and call.reception.run:
             self._storing.forget(call.publication)
         left = self._per_model.get(call.model, 1) - 1
@@ -487,6 +493,8 @@ class Publisher:
             call = self._calls.get(state.id)
             key = names.run_key(state.id, state.run)
             if key in self._superseded:
+                let_go.append(key)
+            elif call is None and state.state == "ended" and self._answered.get(state.id, state.run) != state.run:
                 let_go.append(key)
             elif call is None:
                 if state.id not in self.moving:

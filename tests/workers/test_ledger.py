@@ -15,6 +15,7 @@ from modelbus_broker.pulling import Pulled, Puller
 from modelbus_broker.topology import consumers_of, declare_model
 from modelbus_workers.ledger import Ledger
 
+from tests.helpers.asking import usage_events
 from tests.helpers.bus_nodes import BusNodes
 
 CONSUMER = f"{names.STREAM_HI}.{names.consumer_name('m', 'hi', 0)}"
@@ -59,6 +60,23 @@ async def test_all_that_ended_is_acknowledged_and_billed(bus: Bus) -> None:
     info = await bus.js_request(f"CONSUMER.INFO.{CONSUMER}")
     assert (info["num_ack_pending"], info["num_pending"]) == (0, 0)
     assert (await bus.js_request(f"STREAM.INFO.{names.STREAM_HI}"))["state"]["messages"] == 0
+
+
+async def test_what_turns_out_not_to_count_is_booked_once_more_as_waste(bus: Bus) -> None:
+    await declare_model(bus, "m")
+    messages = await pulled(bus, 2)
+    ledger = Ledger(bus)
+    ledger.start()
+    for n, message in enumerate(messages):
+        ledger.book(event(n), message.ack_subject)
+    async with asyncio.timeout(60):
+        while ledger.waiting:
+            await asyncio.sleep(0.05)
+    for _ in range(2):  # said twice, heard once
+        ledger.disown(names.run_key(event(1).id, event(1).run))
+    await ledger.close(timeout_s=60)
+    booked = await usage_events(bus)
+    assert [(e.id, e.outcome) for e in booked] == [("g-1-0", "done"), ("g-1-1", "done"), ("g-1-1", "waste")]
 
 
 @pytest.mark.timeout(240)

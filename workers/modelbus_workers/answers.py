@@ -32,11 +32,8 @@ class AnswerKeeper:
         self._bucket = Bucket(bus, names.BUCKET_ANSWERS)
 
     async def has(self, request_id: str) -> bool:
-        """An answer is kept, as far as the bus says."""
-        try:
-            entry = await self._bucket.get(request_id)
-        except ModelBusError:
-            return False
+        """An answer is kept. Raises BusUnavailable."""
+        entry = await self._bucket.get(request_id)
         return entry is not None and not entry.deleted and not decode_kept_answer(entry.value).lost
 
     async def keep(self, request: Request, ring: Ring, frames: Sequence[bytes]) -> None:

@@ -146,9 +146,14 @@ class Intake:
             self._cancelled.popitem(last=False)
 
     async def _take_again(self, request: Request, pulled: Pulled) -> None:
-        starts = await self._read_starts(request)
-        # Its worker may have died between the answer and the acknowledgement: whoever asks finds the answer.
-        answered = bool(request.answer_kept_s) and await self._answers.has(request.id)
+        try:
+            starts = await self._read_starts(request)
+            # Its worker may have died between the answer and the acknowledgement: whoever asks finds the answer.
+            answered = bool(request.answer_kept_s) and await self._answers.has(request.id)
+        except ModelBusError as error:
+            log.warning("what became of %s earlier is not known now: %s", request.id, error.message)
+            await self._leave(pulled)
+            return
         self._judge(request, pulled, starts, answered=answered)
 
     def _judge(self, request: Request, pulled: Pulled, starts: int, *, answered: bool = False) -> None:
@@ -362,10 +367,7 @@ class Intake:
         return execution.counts
 
     async def _read_starts(self, request: Request) -> int:
-        try:
-            entry = await self._runs.get(names.message_id(request.id, request.attempt))
-        except ModelBusError:
-            return 0
+        entry = await self._runs.get(names.message_id(request.id, request.attempt))
         return int(entry.value) if entry is not None and not entry.deleted else 0
 
     async def _count_start(self, request: Request) -> None:

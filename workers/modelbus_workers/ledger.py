@@ -5,7 +5,8 @@ An answer that is to be kept is stored before both.
 An acknowledgement that is lost with a server would bring the request back, so it is said again until it was heard.
 
 A worker that stood still, or was cut off, may have been given up, and another run may count in place of its own. So it
-asks before it books a run whose publisher it has not been in touch with of late; see ``may_be_given_up``.
+asks before it books a run whose publisher it has not been in touch with of late; see ``may_be_given_up``. Where it hears
+of the other run after it has booked its own, it books it once more, as waste: the last event of a run is true.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -33,6 +35,8 @@ CONFIRM_S = 30.0
 AGAIN_S = 0.5
 #: A publisher gives up a worker that it has not heard of for 1.2 s.
 TOUCH_S = 1.2
+#: So many runs are remembered that may turn out not to count. A publisher confirms a last frame within half a second.
+BOOKED_KEPT = 2_000
 
 Ask = Callable[[str], Awaitable[Literal["answered", "gone", "silent"]]]
 
@@ -74,6 +78,8 @@ class Ledger:
         #: Runs that may not count, by run key, until their publishers have answered.
         self._doubtful: dict[str, Entry] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        #: By run key, what was booked lately for runs that count, as far as anybody knew.
+        self._booked: OrderedDict[str, UsageEvent] = OrderedDict()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -122,6 +128,8 @@ class Ledger:
         if entry is None:  # the answer came before anybody had looked at it here
             found = [e for e in self._ended if names.run_key(e.event.id, e.event.run) == run_key]
             if not found:
+                if (booked := self._booked.pop(run_key, None)) is not None:
+                    self.book(msgspec.structs.replace(booked, outcome="waste"), "")  # the last event of a run is true
                 return
             entry = found[0]
             self._ended.remove(entry)
@@ -140,6 +148,11 @@ class Ledger:
             while entries and self._events and not await self._store([entry.event for entry in entries]):
                 await asyncio.sleep(AGAIN_S)
                 entries = self._certain([entry._replace(first=None) for entry in entries])
+            for entry in entries:
+                if entry.ack_subject:
+                    self._booked[names.run_key(entry.event.id, entry.event.run)] = entry.event
+            while len(self._booked) > BOOKED_KEPT:
+                self._booked.popitem(last=False)
             await self._acknowledge([entry.ack_subject for entry in entries if entry.ack_subject])
             if not self._ended and not self._doubtful:
                 self._idle.set()
@@ -202,7 +215,8 @@ class Ledger:
                 self.book(entry.event, entry.ack_subject, first=entry.first)
 
     async def _store(self, events: list[UsageEvent]) -> bool:
-        message_id = f"usage.{events[0].id}.{events[0].run}.{len(events)}"
+        first = events[0]
+        message_id = f"usage.{first.id}.{first.run}.{first.outcome}.{len(events)}"
         try:
             await self._bus.js_publish(names.USAGE, encode(events), msg_id=message_id, timeout_s=10.0)
         except ModelBusError as error:
