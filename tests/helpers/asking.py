@@ -99,12 +99,12 @@ async def settled(bus: Bus, model: str) -> None:
 
 
 async def usage_events(bus: Bus) -> list[UsageEvent]:
-    """In the order in which they were booked; of a run with several the last one is true."""
+    """One for each run that has ended, in the order in which they were booked: of a run with several the last one."""
     found = [message async for message in read_stream(bus, names.STREAM_USAGE, names.USAGE)]
-    return [event for message in found for event in decode_usage_events(message.data)]
+    events = [event for message in found for event in decode_usage_events(message.data)]
+    return list({names.run_key(event.id, event.run): event for event in events}.values())
 
 
 async def outcomes(bus: Bus) -> Counter[str]:
     """How all runs ended, by their usage events."""
-    last = {names.run_key(event.id, event.run): event for event in await usage_events(bus)}
-    return Counter(event.outcome for event in last.values())
+    return Counter(event.outcome for event in await usage_events(bus))

@@ -10,9 +10,9 @@ import msgspec
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import ModelBusError
-from modelbus_broker.messages import UsageEvent, decode_usage_events
-from modelbus_broker.reading import read_stream
 from modelbus_broker.topology import depths, queued, running
+
+from tests.helpers.asking import usage_events
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,17 +33,14 @@ async def audit(bus: Bus, model: str, answered: Collection[str], *, timeout_s: f
     dead = (await bus.js_request(f"STREAM.INFO.{names.STREAM_DEAD}"))["state"]["messages"]
     if dead:
         failures.append(f"{dead} dead letters")
-    booked: dict[str, UsageEvent] = {}  # the last event of each run
-    async for message in read_stream(bus, names.STREAM_USAGE, names.USAGE, batch=256):
-        for event in decode_usage_events(message.data):
-            booked[names.run_key(event.id, event.run)] = event
+    events = await usage_events(bus)
     done: dict[str, list[str]] = {}
-    for event in booked.values():
+    for event in events:
         if event.outcome == "done":
             done.setdefault(event.id, []).append(event.run)
         elif event.outcome == "failed":
             failures.append(f"run {event.run} of {event.id} failed: {event.code}")
-    outcomes = Counter(event.outcome for event in booked.values())
+    outcomes = Counter(event.outcome for event in events)
     unbilled = 0
     for id in answered:
         runs = done.get(id, [])
