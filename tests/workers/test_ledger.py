@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from modelbus_broker import names
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable
-from modelbus_broker.messages import UsageEvent
+from modelbus_broker.messages import UsageEvent, encode
 from modelbus_broker.pulling import Pulled, Puller
 from modelbus_broker.topology import consumers_of, declare_model
 from modelbus_workers.ledger import Ledger
@@ -76,6 +77,20 @@ async def test_what_turns_out_not_to_count_is_booked_once_more_as_waste(bus: Bus
         ledger.disown(names.run_key(event(1).id, event(1).run))
     await ledger.close(timeout_s=60)
     assert [(e.id, e.outcome) for e in await usage_events(bus)] == [("g-1-0", "done"), ("g-1-1", "waste")]
+
+
+async def test_when_its_publisher_is_gone_the_ledger_says_whether_a_later_run_has_answered(bus: Bus) -> None:
+    await declare_model(bus, "m")
+    messages = await pulled(bus, 2)
+    later = msgspec.structs.replace(event(1), run="1.2.other")
+    await bus.js_publish(names.USAGE, encode([later]))
+    ledger = Ledger(bus)  # nobody can be asked
+    ledger.start()
+    for n, message in enumerate(messages):
+        ledger.book(event(n), message.ack_subject, publisher="g", since=time.monotonic() - 60)
+    await ledger.close(timeout_s=60)
+    booked = {(e.id, e.run): e.outcome for e in await usage_events(bus)}
+    assert booked == {("g-1-0", "1.1.w"): "done", ("g-1-1", "1.1.w"): "waste", ("g-1-1", "1.2.other"): "done"}
 
 
 @pytest.mark.timeout(240)

@@ -6,7 +6,8 @@ An acknowledgement that is lost with a server would bring the request back, so i
 
 A worker that stood still, or was cut off, may have been given up, and another run may count in place of its own. So it
 asks before it books a run whose publisher it has not been in touch with of late; see ``may_be_given_up``. Where it hears
-of the other run after it has booked its own, it books it once more, as waste: the last event of a run is true.
+of the other run after it has booked its own, it books it once more, as waste: the last event of a run is true. Where the
+publisher is gone by then, the ledger itself says whether a later run has answered.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import msgspec
 from modelbus_broker import names
 from modelbus_broker.connection import Bus, NoResponders
 from modelbus_broker.errors import BusUnavailable, ModelBusError
-from modelbus_broker.messages import UsageEvent, encode
+from modelbus_broker.messages import UsageEvent, decode_usage_events, encode
+from modelbus_broker.reading import read_stream
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ CONFIRM_S = 30.0
 AGAIN_S = 0.5
 #: A publisher gives up a worker that it has not heard of for 1.2 s.
 TOUCH_S = 1.2
+#: The clocks of workers differ by less.
+SKEW_MS = 10_000.0
 #: So many runs are remembered that may turn out not to count. A publisher confirms a last frame within half a second.
 BOOKED_KEPT = 2_000
 
@@ -209,10 +213,27 @@ class Ledger:
         # From here on nothing waits: what becomes doubtful later is asked for anew.
         del self._asking[publisher]
         log.info("publisher %s: %s; booking what waited for that", publisher, found)
-        for key, entry in list(self._doubtful.items()):
-            if entry.publisher == publisher:
-                del self._doubtful[key]
+        entries = {key: entry for key, entry in self._doubtful.items() if entry.publisher == publisher}
+        later = await self._booked_later(entries) if found == "gone" else set()
+        for key, entry in entries.items():
+            if key in later:
+                self.disown(key)
+            elif self._doubtful.pop(key, None) is not None:
                 self.book(entry.event, entry.ack_subject, first=entry.first)
+
+    async def _booked_later(self, entries: Mapping[str, Entry]) -> set[str]:
+        """Of these runs, by run key, those whose request has been answered by a later run since."""
+        mine = {entry.event.id: names.parse_run(entry.event.run)[:2] for entry in entries.values()}
+        last = dict(mine)
+        since_ms = min((e.event.at_ms - e.event.run_ms for e in entries.values()), default=0.0) - SKEW_MS
+        try:
+            async for message in read_stream(self._bus, names.STREAM_USAGE, names.USAGE, since_ms=max(1.0, since_ms)):
+                for event in decode_usage_events(message.data):
+                    if event.id in last and event.outcome == "done":
+                        last[event.id] = max(last[event.id], names.parse_run(event.run)[:2])
+        except ModelBusError as error:
+            log.warning("which runs were answered elsewhere is not known: %s", error.message)
+        return {key for key, entry in entries.items() if last[entry.event.id] > mine[entry.event.id]}
 
     async def _store(self, events: list[UsageEvent]) -> bool:
         first = events[0]

@@ -12,7 +12,8 @@ from .worker import BlobRef
 class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
     """One per run that ended. What is known to be superseded says ``waste``; where its worker learnt that after it had
     booked the run, a second event of the run says so, and takes the place of the first. Who bills an id takes its last
-    attempt that is done: an earlier one was booked by a worker that died before its last frame had arrived."""
+    run that is done (by attempt, then by delivery): an earlier one was booked by a worker that died before its last frame
+    had arrived."""
 
     id: str
     run: str

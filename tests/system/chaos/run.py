@@ -37,6 +37,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     again: Counter[str]
     outcomes: Counter[str]
     unbilled: int
+    replaced: int
     failures: list[str]
 
     def table(self) -> str:
@@ -50,6 +51,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             *((f"asked again: {why}", count) for why, count in sorted(self.again.items())),
             *((f"runs: {outcome}", count) for outcome, count in sorted(self.outcomes.items())),
             ("answered, and the worker killed before it was billed", self.unbilled),
+            ("answered, and billed by the last of several runs", self.replaced),
             ("failures", len(self.failures)),
         ]
         width = max(len(name) for name, _ in rows)
@@ -82,7 +84,8 @@ async def chaos(
             failures.append(f"{books.unbilled} answers were never billed")
     return Report(
         seed=seed, answered=len(answered), streams=asking.streams, seconds=time.monotonic() - began,
-        trouble=trouble.done, again=asking.again, outcomes=books.outcomes, unbilled=books.unbilled, failures=failures + books.failures,
+        trouble=trouble.done, again=asking.again, outcomes=books.outcomes, unbilled=books.unbilled,
+        replaced=books.replaced, failures=failures + books.failures,
     )  # fmt: skip
 
 
