@@ -39,7 +39,7 @@ AGAIN_S = 0.5
 TOUCH_S = 1.2
 #: The clocks of workers differ by less.
 SKEW_MS = 10_000.0
-#: So many runs are remembered that may turn out not to count. A publisher confirms a last frame within half a second.
+#: So many runs that are not confirmed are remembered, because they may turn out not to count.
 BOOKED_KEPT = 2_000
 
 Ask = Callable[[str], Awaitable[Literal["answered", "gone", "silent"]]]
@@ -82,7 +82,7 @@ class Ledger:
         #: Runs that may not count, by run key, until their publishers have answered.
         self._doubtful: dict[str, Entry] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
-        #: By run key, what was booked lately for runs that count, as far as anybody knew.
+        #: By run key, what was booked for runs that count as far as was known, until their publishers confirm it.
         self._booked: OrderedDict[str, UsageEvent] = OrderedDict()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -141,6 +141,10 @@ class Ledger:
         if entry.first is not None:
             entry.first.close()
         self.book(msgspec.structs.replace(entry.event, outcome="waste"), "")
+
+    def confirmed(self, run_key: str) -> None:
+        """The publisher has the last frame of this run: it counts, and nothing more will be said of it."""
+        self._booked.pop(run_key, None)
 
     async def _run(self) -> None:
         while True:

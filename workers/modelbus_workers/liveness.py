@@ -122,6 +122,7 @@ class Liveness:
     def _heed(self, reply: AliveReply) -> None:
         for key in reply.confirmed:
             self._worker.outbox.forget(key)
+            self._worker.ledger.confirmed(key)
         for key in reply.stop:
             execution = self._worker.executions.get(key)
             if execution is not None:
