@@ -13,6 +13,7 @@ from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable
 from modelbus_broker.messages import UsageEvent, encode
 from modelbus_broker.pulling import Pulled, Puller
+from modelbus_broker.server import EmbeddedServer
 from modelbus_broker.topology import consumers_of, declare_model
 from modelbus_workers.ledger import Ledger
 
@@ -77,6 +78,24 @@ async def test_what_turns_out_not_to_count_is_booked_once_more_as_waste(bus: Bus
         ledger.disown(names.run_key(event(1).id, event(1).run))
     await ledger.close(timeout_s=60)
     assert [(e.id, e.outcome) for e in await usage_events(bus)] == [("g-1-0", "done"), ("g-1-1", "waste")]
+
+
+async def test_what_is_disowned_while_it_is_booked_is_waste_and_keeps_its_message(
+    bus: Bus, server: EmbeddedServer
+) -> None:
+    await declare_model(bus, "m")
+    messages = await pulled(bus, 2)
+    ledger = Ledger(bus)
+    ledger.start()
+    os.kill(server.pid, signal.SIGSTOP)
+    for n, message in enumerate(messages):
+        ledger.book(event(n), message.ack_subject)
+    await asyncio.sleep(0.3)  # the events are on their way
+    ledger.disown(names.run_key(event(1).id, event(1).run))
+    os.kill(server.pid, signal.SIGCONT)
+    await ledger.close(timeout_s=60)
+    assert [(e.id, e.outcome) for e in await usage_events(bus)] == [("g-1-0", "done"), ("g-1-1", "waste")]
+    assert await left(bus) == 1
 
 
 async def test_when_its_publisher_is_gone_the_ledger_says_whether_a_later_run_has_answered(bus: Bus) -> None:

@@ -82,7 +82,9 @@ class Ledger:
         #: Runs that may not count, by run key, until their publishers have answered.
         self._doubtful: dict[str, Entry] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
-        #: By run key, what was booked for runs that count as far as was known, until their publishers confirm it.
+        #: By run key, runs that count as far as is known: on their way into the ledger, and those that are booked there
+        #: until their publishers confirm them.
+        self._booking: dict[str, Entry] = {}
         self._booked: OrderedDict[str, UsageEvent] = OrderedDict()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -128,19 +130,24 @@ class Ledger:
 
     def disown(self, run_key: str) -> None:
         """Another run counts in place of this one, says its publisher: what it used is waste, its message is not ours."""
-        entry = self._doubtful.pop(run_key, None)
-        if entry is None:  # the answer came before anybody had looked at it here
-            found = [e for e in self._ended if names.run_key(e.event.id, e.event.run) == run_key]
-            if not found:
-                if (booked := self._booked.pop(run_key, None)) is not None:
-                    self.book(msgspec.structs.replace(booked, outcome="waste"), "")  # the last event of a run is true
+        event = self._booked.pop(run_key, None)  # where it is done already: the last event of a run is true
+        if event is None:
+            entry = self._doubtful.pop(run_key, None) or self._booking.pop(run_key, None) or self._unseen(run_key)
+            if entry is None:
                 return
-            entry = found[0]
-            self._ended.remove(entry)
-        self.waiting.discard(entry.ack_subject)
-        if entry.first is not None:
-            entry.first.close()
-        self.book(msgspec.structs.replace(entry.event, outcome="waste"), "")
+            event = entry.event
+            self.waiting.discard(entry.ack_subject)
+            if entry.first is not None:
+                entry.first.close()
+        self.book(msgspec.structs.replace(event, outcome="waste"), "")
+
+    def _unseen(self, run_key: str) -> Entry | None:
+        """Takes out a run that has ended, and that nobody has looked at since."""
+        for entry in self._ended:
+            if _key(entry) == run_key:
+                self._ended.remove(entry)
+                return entry
+        return None
 
     def confirmed(self, run_key: str) -> None:
         """The publisher has the last frame of this run: it counts, and nothing more will be said of it."""
@@ -151,20 +158,29 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             entries, self._ended = self._certain(self._ended), []
-            if storing := [entry.first for entry in entries if entry.first is not None]:
+            storing = [entry.first for entry in entries if entry.first is not None]
+            entries = [entry._replace(first=None) for entry in entries] if storing else entries
+            self._booking = {_key(entry): entry for entry in entries if entry.ack_subject}
+            if storing:
                 await asyncio.gather(*storing)
+                entries = self._not_disowned(entries)
             while entries and self._events and not await self._store([entry.event for entry in entries]):
                 await asyncio.sleep(AGAIN_S)
-                entries = self._certain([entry._replace(first=None) for entry in entries])
-            for entry in entries:
-                if entry.ack_subject:
-                    self._booked[names.run_key(entry.event.id, entry.event.run)] = entry.event
+                entries = self._certain(self._not_disowned(entries))
+                self._booking = {_key(entry): entry for entry in entries if entry.ack_subject}
+            counting, self._booking = self._booking, {}
+            for key, entry in counting.items():
+                self._booked[key] = entry.event
             while len(self._booked) > BOOKED_KEPT:
                 self._booked.popitem(last=False)
-            await self._acknowledge([entry.ack_subject for entry in entries if entry.ack_subject])
+            await self._acknowledge([entry.ack_subject for entry in counting.values()])
             if not self._ended and not self._doubtful:
                 self._idle.set()
             await asyncio.sleep(PAUSE_S)
+
+    def _not_disowned(self, entries: list[Entry]) -> list[Entry]:
+        """What was disowned while something else was waited for is in the next events, as waste."""
+        return [entry for entry in entries if not entry.ack_subject or _key(entry) in self._booking]
 
     async def _acknowledge(self, ack_subjects: Sequence[str]) -> None:
         """Returns when the bus has heard them all."""
@@ -202,7 +218,7 @@ class Ledger:
             if not publisher or not may_be_given_up(now, entry.since, self.heard.get(publisher, 0.0)):
                 found.append(entry)
                 continue
-            self._doubtful[names.run_key(entry.event.id, entry.event.run)] = entry
+            self._doubtful[_key(entry)] = entry
             if publisher not in self._asking:
                 self._asking[publisher] = asyncio.create_task(self._settle(publisher), name=f"ask {publisher}")
         return found
@@ -248,6 +264,10 @@ class Ledger:
             log.warning("usage events wait: %s", error.message)
             return False
         return True
+
+
+def _key(entry: Entry) -> str:
+    return names.run_key(entry.event.id, entry.event.run)
 
 
 async def _nobody(publisher: str) -> Literal["gone"]:
