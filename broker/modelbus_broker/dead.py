@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from . import names
+from .asking import CallOptions
 from .blobs import get_blob, get_chunks, put_chunks
 from .calls import Call
 from .connection import Bus
 from .errors import InvalidRequest, ModelNotFound, NotFound
 from .messages import DeadLetter, Request, decode_dead_letter, decode_request, decode_task, encode
-from .publisher import CallOptions, Publisher
+from .publisher import Publisher
 from .reading import Stored, read_batch, read_stream
 from .topology import model_subjects
 

@@ -16,12 +16,13 @@ import time
 import msgspec
 
 from . import names
+from .asking import CallOptions
 from .attaching import Attaching
 from .buckets import Bucket, Entry
 from .calls import Call
 from .errors import AnswerNotKept, BusUnavailable, Conflict, KeyReused, ModelBusError, StreamMoved, StreamNotResumable
 from .messages import KeyRecord, Request, Task, decode_key_record, encode
-from .publisher import CallOptions, Publisher
+from .publisher import Publisher
 
 log = logging.getLogger(__name__)
 

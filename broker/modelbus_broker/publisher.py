@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ import msgspec
 
 from . import names, topology
 from .aborts import Aborts
+from .asking import CallOptions, check_room, make_request
 from .blobs import INLINE_LIMIT, put_blob
 from .calls import Call
 from .connection import Bus, Msg, NoResponders
@@ -29,8 +29,6 @@ from .errors import (
     DeadlineExceeded,
     ModelBusError,
     ModelNotFound,
-    ModelUnavailable,
-    QueueFull,
     RequestCancelled,
     WorkerLost,
     error_of,
@@ -80,28 +78,8 @@ CLOSE_S = 3.0
 LET_GO_S = 2.0
 SUPERSEDED_KEPT = 10_000  #: how many runs a publisher remembers that were given up
 ANSWERED_KEPT = 10_000  #: and of how many requests that are over it remembers which run counted
-DAY_MS = 24 * 3600 * 1000
 #: What was said before travels inside the next attempt up to this size.
 EARLIER_LIMIT = 128 << 10
-
-
-class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller may say about one request."""
-
-    budget_ms: int = 0  #: 0: the deployment's for lane hi, 24 h for lo and background
-    lane: Literal["hi", "lo"] = "hi"
-    tenant: str = ""
-    idempotency_key: str = ""
-    background: bool = False
-    wait: bool = False  #: queue it even while no worker of the model is alive
-    stream: bool = True
-    traceparent: str = ""
-    tracestate: str = ""
-    revision: str = ""  #: only a worker of this revision may take it
-    id: str = ""  #: of the request, where it was given out before; "": a new one
-    view: str = ""  #: see ``Request.view``
-    answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
-    outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
 
 
 class Publisher:
@@ -126,7 +104,7 @@ class Publisher:
         )  #: of the queues that this publisher waits for
         self.moving = Moving(self)
         self.aborts = Aborts()
-        self._storing = Storing(bus, self.settings, self._spawn)
+        self._storing = Storing(bus, self.settings, self.spawn)
         self._calls: dict[str, Call] = {}
         self._per_model: dict[str, int] = {}
         self._heard: dict[str, float] = {}  # worker -> when
@@ -204,7 +182,7 @@ class Publisher:
             await call.stored()
         except asyncio.CancelledError:
             call.fail(ModelBusError("cancelled"))
-            self._spawn(self.withdraw(call))
+            self.spawn(self.withdraw(call))
             raise
         return call
 
@@ -217,12 +195,10 @@ class Publisher:
             ModelNotFound, ModelUnavailable, QueueFull: as ``submit``, as far as it is known here.
         """
         options = options or _DEFAULT_OPTIONS
-        deployments = self.registry.deployments_of(model)
-        if not deployments:
-            known = ", ".join(self.registry.models()) or "none"
-            raise ModelNotFound(f"the model {model!r} is not deployed (deployed: {known})", param="model")
-        self._check_room(model, deployments, options)
-        request = self._request(model, task, options, deployments)
+        deployments = self._deployments_of(model)
+        waiting = max(self.depths.get(names.model_token(model), 0), self._per_model.get(model, 0))
+        check_room(model, deployments, options, self.registry, waiting)
+        request = make_request(self.id, model, task, options, deployments)
         call = Call(self, request, self.loop.time() + request.budget_ms / 1000)
         call.outlives = options.outlives
         self.register(call)
@@ -230,13 +206,13 @@ class Publisher:
             await self._store(call, names.request_subject(model, options.lane, request.share))
         except asyncio.CancelledError:
             call.fail(ModelBusError("cancelled"))
-            self._spawn(self.withdraw(call))
+            self.spawn(self.withdraw(call))
             raise
         except ModelBusError as error:
             call.fail(error)
             raise
         if call.over:
-            self._spawn(self.withdraw(call))  # cancelled from elsewhere before it was known what to take back
+            self.spawn(self.withdraw(call))  # cancelled from elsewhere before it was known what to take back
         if request.budget_ms < 60_000:
             self.loop.call_at(call.deadline, self._expire, call)
         return call
@@ -247,10 +223,15 @@ class Publisher:
         Raises:
             ModelNotFound: no deployment serves this model.
         """
+        deployments = self._deployments_of(model)
+        return make_request(self.id, model, task, options, deployments)
+
+    def _deployments_of(self, model: str) -> Sequence[Deployment]:
         deployments = self.registry.deployments_of(model)
         if not deployments:
-            raise ModelNotFound(f"the model {model!r} is not deployed", param="model")
-        return self._request(model, task, options, deployments)
+            known = ", ".join(self.registry.models()) or "none"
+            raise ModelNotFound(f"the model {model!r} is not deployed (deployed: {known})", param="model")
+        return deployments
 
     def call_of(self, request_id: str) -> Call | None:
         """The call of a request that this publisher waits for."""
@@ -266,7 +247,7 @@ class Publisher:
 
     def leave(self, call: Call) -> None:
         """The reader of a call that outlives it has gone."""
-        self._spawn(self.moving.keep(call))
+        self.spawn(self.moving.keep(call))
 
     async def publish_again(self, call: Call) -> None:
         """Publishes a request of another publisher, as that one did or was about to: the queue keeps one.
@@ -288,53 +269,6 @@ class Publisher:
         else:
             self._lost(call, why)
 
-    def _check_room(self, model: str, deployments: Sequence[Deployment], options: CallOptions) -> None:
-        limit = max([deployment.queue_limit for deployment in deployments])
-        waiting = max(self.depths.get(names.model_token(model), 0), self._per_model.get(model, 0))
-        if waiting >= limit:
-            raise QueueFull(
-                f"{waiting} requests wait for or run on {model!r}, its limit is {limit}: try again later",
-                retry_after_s=1.0,
-            )
-        if all(deployment.closing for deployment in deployments) and not options.revision:
-            raise ModelNotFound(f"the model {model!r} is being undeployed and takes no new requests", param="model")
-        if options.wait or options.background or self.registry.is_served(model):
-            return
-        if any(deployment.wait_until_ms > time.time() * 1000 for deployment in deployments):
-            return
-        states = sorted({worker.state for worker in self.registry.workers_of(model, "")})
-        raise ModelUnavailable(
-            f"the model {model!r} is deployed but no worker of it is ready"
-            + (f" (workers are: {', '.join(states)})" if states else ""),
-            retry_after_s=5.0,
-        )
-
-    def _request(self, model: str, task: Task, options: CallOptions, deployments: Sequence[Deployment]) -> Request:
-        deployment = deployments[0]
-        budget_ms = options.budget_ms
-        if not budget_ms:
-            budget_ms = DAY_MS if options.lane == "lo" or options.background else deployment.budget_ms
-        return Request(
-            id=options.id or names.new_request_id(self.id),
-            model=model,
-            task=task,
-            budget_ms=budget_ms,
-            max_crashes=deployment.max_crashes,
-            lane=options.lane,
-            share=zlib.crc32(options.tenant.encode()) % deployment.shares if options.tenant else 0,
-            tenant=options.tenant,
-            revision=options.revision,
-            idempotency_key=options.idempotency_key,
-            background=options.background,
-            stream=options.stream,
-            traceparent=options.traceparent,
-            tracestate=options.tracestate,
-            fail_fast=deployment.replicas > 1 or len(deployments) > 1,
-            publisher=self.id if options.id and names.publisher_of(options.id) != self.id else "",
-            view=options.view,
-            answer_kept_s=options.answer_kept_s,
-        )
-
     async def _with_blob(self, request: Request) -> bytes:
         """The bytes of a request that is too large for a message: its body goes to the blob store."""
         blob = await put_blob(self.bus, f"{request.id}.{request.attempt}", encode(request.task))
@@ -355,7 +289,7 @@ class Publisher:
         if publication.error is None:
             if publication.replaces is not None:
                 # In this order: a refused publish must not lose the request.
-                self._spawn(self._terminate(publication.replaces, "the next attempt is published"))
+                self.spawn(self._terminate(publication.replaces, "the next attempt is published"))
             call.stored_or_not()
         elif publication is not call.publication:
             return  # of an attempt that another one has followed
@@ -387,17 +321,17 @@ class Publisher:
             verdict = call.offer(frame, size)
             if verdict is taken:
                 if type(frame) is Accepted and (frame.asks or frame.delivery > 1):
-                    self._control(worker, Go(id=frame.id, run=frame.run))
+                    self.tell(worker, Go(id=frame.id, run=frame.run))
             elif verdict is Verdict.GAP:
                 self.ask_resend(call, worker)
             elif verdict is Verdict.STALE:
                 if type(frame) not in TERMINAL:
-                    self._control(worker, LetGo(id=frame.id, run=frame.run))
+                    self.tell(worker, LetGo(id=frame.id, run=frame.run))
                 if type(frame) is Accepted and call.publication is not None and call.publication.stored:
                     # The message of an attempt that another one has followed; its end did not reach the queue.
-                    self._spawn(self._terminate(frame, "a later attempt is published"))
+                    self.spawn(self._terminate(frame, "a later attempt is published"))
             elif verdict is Verdict.RIVAL:
-                self._control(worker, LetGo(id=frame.id, run=frame.run))
+                self.tell(worker, LetGo(id=frame.id, run=frame.run))
         if self._listeners:
             listeners, self._listeners = self._listeners, {}
             for listener in listeners:
@@ -411,9 +345,9 @@ class Publisher:
         """A worker has begun with a request that nobody waits for here."""
         if accepted.id not in self.moving:
             # Cancelled while it was queued, or of a publisher's earlier life.
-            self._control(worker, Stop(id=accepted.id, run=accepted.run))
+            self.tell(worker, Stop(id=accepted.id, run=accepted.run))
         elif (adopt := self.moving.successor(accepted)) is not None:
-            self._control(worker, adopt)
+            self.tell(worker, adopt)
 
     def ended(self, call: Call) -> None:
         """A call has its last frame, or an error."""
@@ -439,18 +373,15 @@ class Publisher:
             return
         call.resend_asked = now
         worker = worker or names.parse_run(call.reception.run)[2]
-        self._control(worker, Resend(id=call.id, run=call.reception.run, seq=call.reception.next_seq))
+        self.tell(worker, Resend(id=call.id, run=call.reception.run, seq=call.reception.next_seq))
 
     def tell(self, worker: str, message: Control) -> None:
         """Sends a control message to a worker."""
-        self._control(worker, message)
+        self.send(names.control_subject(worker), encode(message))
 
     def send(self, subject: str, payload: bytes) -> None:
         """Sends something without waiting; while the bus is away it is lost."""
-        self._spawn(self._send(subject, payload))
-
-    def _control(self, worker: str, message: Control) -> None:
-        self._spawn(self._send(names.control_subject(worker), encode(message)))
+        self.spawn(self._send(subject, payload))
 
     async def _send(self, subject: str, payload: bytes) -> None:
         with contextlib.suppress(BusUnavailable):
@@ -463,11 +394,6 @@ class Publisher:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # Alive messages
 
     def _on_alive(self, msg: Msg) -> None:
@@ -478,7 +404,7 @@ class Publisher:
             return
         reply = self._hear(alive)
         if msg.reply:
-            self._spawn(self._send(msg.reply, encode(reply)))
+            self.spawn(self._send(msg.reply, encode(reply)))
 
     def _hear(self, alive: Alive) -> AliveReply:
         """Compares what a worker runs for us with what we wait for."""
@@ -565,7 +491,7 @@ class Publisher:
         if not call.over:
             seconds = call.request.budget_ms / 1000
             call.fail(DeadlineExceeded(f"no complete answer within {seconds:g} s"))
-            self._spawn(self.withdraw(call))
+            self.spawn(self.withdraw(call))
 
     async def withdraw(self, call: Call) -> None:
         """Takes a request off the bus: its message, and its run if it has one."""
@@ -586,7 +512,7 @@ class Publisher:
             log.warning("a control message cannot be decoded: %s", error)
             return
         if isinstance(message, Cancel):
-            self._spawn(self._cancel(message.id, msg.reply))
+            self.spawn(self._cancel(message.id, msg.reply))
         elif msg.reply:
             self.send(msg.reply, encode(self.moving.give(message)))
 
@@ -643,12 +569,12 @@ class Publisher:
         if isinstance(decision, GiveUp):
             call.fail(decision.error)
             if accepted is not None:
-                self._spawn(self._terminate(accepted, "the run came to nothing"))
+                self.spawn(self._terminate(accepted, "the run came to nothing"))
             return
         if isinstance(decision, Again):
             call.restart()
         call.attempt = self._as_ours(decision.request, accepted.run if accepted and isinstance(decision, GoOn) else "")
-        self._spawn(self._republish(call, end, accepted))
+        self.spawn(self._republish(call, end, accepted))
 
     def _as_ours(self, request: Request, continues: str) -> Request:
         """The next attempt, whose frames come here; most requests were ours from the start."""
@@ -662,7 +588,7 @@ class Publisher:
             call.last_alive = now
         elif now - call.last_alive > self.settings.resume_wait_s:
             if call.publication is not None:
-                self._spawn(self._storing.withdraw(call.publication))
+                self.spawn(self._storing.withdraw(call.publication))
             self._follow(call, msgspec.structs.replace(call.end, compat="", crashed=False, run=""))
 
     async def _republish(self, call: Call, end: RunEnd, accepted: Accepted | None) -> None:

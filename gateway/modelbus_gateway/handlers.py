@@ -10,13 +10,14 @@ import msgspec
 from aiohttp import web
 from modelbus.answers import AnswerBuilder, collect
 from modelbus_broker import names, topology
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.attaching import Attaching
 from modelbus_broker.calls import Call
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, InvalidRequest, ModelBusError, ModelNotFound
 from modelbus_broker.messages import Done
 from modelbus_broker.once import Once
-from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 
 from .delivery import ClientWatch

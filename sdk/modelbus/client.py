@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.calls import Call
 from modelbus_broker.cancelling import cancel
 from modelbus_broker.connection import Bus
@@ -33,7 +34,7 @@ from modelbus_broker.messages import (
     Usage,
 )
 from modelbus_broker.names import model_token
-from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 from modelbus_broker.settings import BusSettings, bus_settings
 from modelbus_broker.topology import declare_bus, depths

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.dead import bury_waiting
 from modelbus_broker.errors import (
@@ -48,7 +49,6 @@ from modelbus_broker.names import (
     deployment_key,
     random_token,
 )
-from modelbus_broker.publisher import CallOptions
 from modelbus_broker.sealing import seal
 from modelbus_broker.topology import declare_bus, declare_model, queued, remove_model, running
 

@@ -8,10 +8,11 @@ from collections.abc import Collection
 
 from modelbus.testing.echo import echo_answer
 from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.calls import Call, Restarted
 from modelbus_broker.connection import Bus
 from modelbus_broker.messages import Chat, ChatMessage, Delta, Sampling, UsageEvent, decode_usage_events
-from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.reading import read_stream
 from modelbus_broker.topology import queued, running
 

@@ -19,13 +19,14 @@ import aiohttp
 import msgspec
 import pytest
 from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.cancelling import cancel
 from modelbus_broker.connection import Bus
 from modelbus_broker.credentials import Role, make_credentials, server_users
 from modelbus_broker.errors import InvalidRequest, RequestCancelled
 from modelbus_broker.messages import Deployment, Probe, decode_alive, encode
-from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.reading import read_stream
 from modelbus_broker.registry import Registry
 from modelbus_broker.server import EmbeddedServer, ServerSettings

@@ -16,9 +16,9 @@ import modelbus as sdk
 import pytest
 from modelbus.errors import ModelNotFound
 from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
-from modelbus_broker.publisher import CallOptions
 from modelbus_broker.settings import bus_settings
 from modelbus_broker.topology import queued
 

@@ -16,10 +16,11 @@ import msgspec
 import pytest
 from modelbus.testing.echo import count_tokens
 from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.calls import Call
 from modelbus_broker.connection import Bus
 from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Sampling, Usage
-from modelbus_broker.publisher import CallOptions, Publisher
+from modelbus_broker.publisher import Publisher
 from modelbus_broker.server import EmbeddedServer, ServerSettings
 from modelbus_broker.settings import BusSettings
 from modelbus_broker.topology import declare_bus

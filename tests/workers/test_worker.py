@@ -9,10 +9,10 @@ import weakref
 
 import pytest
 from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, ModelNotFound, ModelUnavailable
 from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Embedding, Sampling, Vectors
-from modelbus_broker.publisher import CallOptions
 from modelbus_broker.topology import queued, running
 
 from tests.helpers.cluster import Cluster

@@ -1,0 +1,100 @@
+"""What a caller asks for becomes a request: options, what the deployment adds, and whether there is room for it."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from . import names
+from .errors import ModelNotFound, ModelUnavailable, QueueFull
+from .messages import Deployment, Request, Task
+from .registry import Registry
+
+DAY_MS = 24 * 3600 * 1000
+
+
+class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller may say about one request."""
+
+    budget_ms: int = 0  #: 0: the deployment's for lane hi, 24 h for lo and background
+    lane: Literal["hi", "lo"] = "hi"
+    tenant: str = ""
+    idempotency_key: str = ""
+    background: bool = False
+    wait: bool = False  #: queue it even while no worker of the model is alive
+    stream: bool = True
+    traceparent: str = ""
+    tracestate: str = ""
+    revision: str = ""  #: only a worker of this revision may take it
+    id: str = ""  #: of the request, where it was given out before; "": a new one
+    view: str = ""  #: see ``Request.view``
+    answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
+    outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
+
+
+def check_room(
+    model: str, deployments: Sequence[Deployment], options: CallOptions, registry: Registry, waiting: int
+) -> None:
+    """Whether a request is taken now.
+
+    Args:
+        deployments: of the model.
+        waiting: how many requests of the model wait or run, as far as is known here.
+
+    Raises:
+        QueueFull: so many that it has to wait outside.
+        ModelNotFound: the model is being undeployed.
+        ModelUnavailable: none of its workers is ready, and the caller does not want to wait for one.
+    """
+    limit = max([deployment.queue_limit for deployment in deployments])
+    if waiting >= limit:
+        raise QueueFull(
+            f"{waiting} requests wait for or run on {model!r}, its limit is {limit}: try again later",
+            retry_after_s=1.0,
+        )
+    if all(deployment.closing for deployment in deployments) and not options.revision:
+        raise ModelNotFound(f"the model {model!r} is being undeployed and takes no new requests", param="model")
+    if options.wait or options.background or registry.is_served(model):
+        return
+    if any(deployment.wait_until_ms > time.time() * 1000 for deployment in deployments):
+        return
+    states = sorted({worker.state for worker in registry.workers_of(model, "")})
+    raise ModelUnavailable(
+        f"the model {model!r} is deployed but no worker of it is ready"
+        + (f" (workers are: {', '.join(states)})" if states else ""),
+        retry_after_s=5.0,
+    )
+
+
+def make_request(
+    publisher: str, model: str, task: Task, options: CallOptions, deployments: Sequence[Deployment]
+) -> Request:
+    """The request as its publisher sends it: what the caller leaves open comes from the model's first deployment."""
+    deployment = deployments[0]
+    budget_ms = options.budget_ms
+    if not budget_ms:
+        budget_ms = DAY_MS if options.lane == "lo" or options.background else deployment.budget_ms
+    return Request(
+        id=options.id or names.new_request_id(publisher),
+        model=model,
+        task=task,
+        budget_ms=budget_ms,
+        max_crashes=deployment.max_crashes,
+        lane=options.lane,
+        share=zlib.crc32(options.tenant.encode()) % deployment.shares if options.tenant else 0,
+        tenant=options.tenant,
+        revision=options.revision,
+        idempotency_key=options.idempotency_key,
+        background=options.background,
+        stream=options.stream,
+        traceparent=options.traceparent,
+        tracestate=options.tracestate,
+        fail_fast=deployment.replicas > 1 or len(deployments) > 1,
+        publisher=publisher if options.id and names.publisher_of(options.id) != publisher else "",
+        view=options.view,
+        answer_kept_s=options.answer_kept_s,
+    )
