@@ -119,6 +119,13 @@ class Cluster:
         finally:
             await registry.close()
 
+    async def all_pull(self, model: str, workers: int, timeout_s: float = 30.0) -> None:
+        """Until so many workers wait for requests of lane hi: what is published then is spread over all of them."""
+        consumer = f"CONSUMER.INFO.{names.STREAM_HI}.{names.consumer_name(model, 'hi', 0)}"
+        async with asyncio.timeout(timeout_s):
+            while (await self.bus.js_request(consumer))["num_waiting"] < workers:
+                await asyncio.sleep(0.02)
+
     async def publisher(self, settings: PublisherSettings | None = None) -> Publisher:
         """A publisher with a connection of its own."""
         bus = await Bus.connect(self.settings, name="test-publisher")

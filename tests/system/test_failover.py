@@ -153,6 +153,7 @@ async def test_a_frozen_worker_that_wakes_up_harms_no_stream_and_its_work_is_was
     chance = random.Random(SEED)
     tokens = 600 if wakes == "in the middle" else TOKENS  # none shall have ended by then
     first, second = await cluster.deploy_echo(workers=2, slots="32", **PACE | {"tokens": str(tokens)})
+    await cluster.all_pull("echo", 2)
     publisher = await cluster.publisher()
     streams = await echo_streams(publisher, 24)
     await tokens_come(streams, chance.randrange(100, 600))
@@ -204,6 +205,7 @@ async def test_streams_of_a_host_that_is_cut_off_go_on_and_what_it_did_alone_is_
     near = far.start_worker(deployment)
     there = far.start_worker(deployment, replica=1, prefix=namespace.prefix)
     await far.wait_ready("echo", 2)
+    await far.all_pull("echo", 2)
     publisher = await far.publisher()
     streams = await echo_streams(publisher, 24)
     await tokens_come(streams, chance.randrange(100, 600))
