@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import msgspec
 
 from . import names
 from .errors import ModelNotFound, ModelUnavailable, QueueFull
-from .messages import Deployment, Request, Task
+from .messages import (
+    Chat,
+    ChatMessage,
+    Classification,
+    Completion,
+    Deployment,
+    Embedding,
+    Request,
+    Sampling,
+    Score,
+    Task,
+)
 from .registry import Registry
 
 DAY_MS = 24 * 3600 * 1000
@@ -34,6 +45,22 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     view: str = ""  #: see ``Request.view``
     answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
     outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
+
+
+def smallest_task(tasks: Collection[str]) -> Task | None:
+    """The least that can be asked of an engine which serves these tasks (see ``Capabilities``); None: nothing is known."""
+    one_token = Sampling(max_tokens=1)
+    if "chat" in tasks:
+        return Chat(messages=[ChatMessage(role="user", content="Hello")], sampling=one_token)
+    if "completion" in tasks:
+        return Completion(prompt=["Hello"], sampling=one_token)
+    if "embedding" in tasks:
+        return Embedding(input=["Hello"])
+    if "score" in tasks:
+        return Score(queries=["Hello"], documents=["Hello"])
+    if "classification" in tasks:
+        return Classification(input=["Hello"])
+    return None
 
 
 def check_room(

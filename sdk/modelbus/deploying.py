@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
-from modelbus_broker.asking import CallOptions
+from modelbus_broker.asking import CallOptions, smallest_task
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.dead import bury_waiting
 from modelbus_broker.errors import (
@@ -27,15 +27,9 @@ from modelbus_broker.errors import (
     UndeployRefused,
 )
 from modelbus_broker.messages import (
-    Chat,
-    ChatMessage,
-    Completion,
     Deployment,
-    Embedding,
     NodeRecord,
-    Sampling,
     StartFailure,
-    Task,
     WorkerRecord,
     decode_claim,
     decode_deployment,
@@ -371,7 +365,7 @@ def _situation(wish: Deployment, registry: Registry) -> str:
 
 async def _try_request(publisher: Publisher, wish: Deployment, workers: list[WorkerRecord]) -> None:
     """One real request through the queue to the new revision: what the self-test cannot see is the bus between."""
-    task = _test_task(workers[0].capabilities.tasks)
+    task = smallest_task(workers[0].capabilities.tasks)
     if task is None:
         return
     try:
@@ -381,17 +375,6 @@ async def _try_request(publisher: Publisher, wish: Deployment, workers: list[Wor
         raise DeploymentFailed(
             f"the workers are ready, but a test request failed: {error.message}", upstream=error.upstream
         ) from error
-
-
-def _test_task(tasks: list[str]) -> Task | None:
-    sampling = Sampling(max_tokens=1)
-    if "chat" in tasks:
-        return Chat(messages=[ChatMessage(role="user", content="Hello")], sampling=sampling)
-    if "completion" in tasks:
-        return Completion(prompt=["Hello"], sampling=sampling)
-    if "embedding" in tasks:
-        return Embedding(input=["Hello"])
-    return None
 
 
 @asynccontextmanager

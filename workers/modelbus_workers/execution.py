@@ -11,11 +11,8 @@ from typing import Literal
 
 from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, RequestCancelled, WorkerLost
 from modelbus_broker.messages import (
-    Chat,
-    Completion,
     Delta,
     Done,
-    Embedding,
     Request,
     Started,
     Task,
@@ -139,7 +136,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     if execution.deadline - loop.time() < TIMER_S:
         timer = loop.call_at(execution.deadline, execution.expire)
     try:
-        finished = await _pump(execution, _outputs(engine, task, _engine_run(execution)), outbox, usage)
+        finished = await _pump(execution, engine.answer(task, _engine_run(execution)), outbox, usage)
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise
@@ -191,18 +188,9 @@ def _engine_run(execution: Execution) -> EngineRun:
         prompt_tokens=request.prompt_tokens,
         stream=request.stream,
         traceparent=request.traceparent,
+        adapter=request.adapter,
         fail_fast=request.fail_fast,
     )
-
-
-def _outputs(engine: Engine, task: Task, run: EngineRun) -> AsyncIterator[EngineOutput]:
-    match task:
-        case Chat():
-            return engine.chat(task, run)
-        case Completion():
-            return engine.completion(task, run)
-        case Embedding():
-            return engine.embedding(task, run)
 
 
 class _Counter:
@@ -252,6 +240,7 @@ async def _pump(
                             tool_calls=output.tool_calls,
                             logprobs=output.logprobs,
                             refusal=output.refusal,
+                            prompt_logprobs=output.prompt_logprobs,
                         ),
                     )
                 case VectorBatch():
@@ -267,7 +256,7 @@ async def _pump(
 
 
 def _send_vectors(execution: Execution, batch: VectorBatch, outbox: Outbox) -> None:
-    """Embeddings in frames of at most half a MiB."""
+    """Results in frames of at most half a MiB."""
     per_frame = max(1, VECTOR_FRAME_BYTES // (4 * max(1, batch.dimensions)))
     for at in range(0, len(batch.data), per_frame):
         outbox.send(
@@ -279,6 +268,7 @@ def _send_vectors(execution: Execution, batch: VectorBatch, outbox: Outbox) -> N
                 start=batch.start + at,
                 dimensions=batch.dimensions,
                 data=batch.data[at : at + per_frame],
+                labels=batch.labels,
             ),
         )
 

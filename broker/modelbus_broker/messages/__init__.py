@@ -17,6 +17,7 @@ from .chat import (
     AudioPart,
     Chat,
     ChatMessage,
+    Classification,
     Completion,
     Embedding,
     FileData,
@@ -28,6 +29,7 @@ from .chat import (
     RefusalPart,
     Role,
     Sampling,
+    Score,
     Task,
     TextPart,
     ToolCall,
@@ -79,6 +81,7 @@ from .registry import (
     decode_worker,
 )
 from .worker import (
+    Adapter,
     Adopt,
     BlobRef,
     Control,
@@ -95,12 +98,12 @@ from .worker import (
 )
 
 __all__ = [
-    "Accepted", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
-    "Capabilities", "Chat", "ChatMessage", "Claim", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
+    "Accepted", "Adapter", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
+    "Capabilities", "Chat", "ChatMessage", "Claim", "Classification", "Completion", "Control", "DeadLetter", "Delta", "Deployment",
     "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "FoundRun", "Frame",
     "FunctionCall", "GPU", "Go", "Held", "ImagePart", "ImageURL", "KeptAnswer", "KeyRecord", "Lane", "LetGo",
     "Message", "NodeRecord", "Part", "Probe", "RefusalPart", "Request", "Resend", "Role", "Row", "RunState",
-    "Sampling", "StartFailure", "Started", "Stop", "TERMINAL", "Task", "TextPart", "TokenLogprob", "ToolCall",
+    "Sampling", "Score", "StartFailure", "Started", "Stop", "TERMINAL", "Task", "TextPart", "TokenLogprob", "ToolCall",
     "ToolCallDelta", "TopLogprob", "Usage", "UsageEvent", "Vectors", "WorkerRecord", "decode_alive",
     "decode_alive_reply", "decode_cancelled", "decode_claim", "decode_control", "decode_dead_letter",
     "decode_deployment", "decode_find", "decode_found", "decode_frames", "decode_held", "decode_kept_answer",

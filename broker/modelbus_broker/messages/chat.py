@@ -136,5 +136,20 @@ class Embedding(Message, frozen=True, kw_only=True, tag="embedding"):
     dimensions: int | None = None
 
 
+class Score(Message, frozen=True, kw_only=True, tag="score"):
+    """How well each document answers a query: the task of a reranker, or of a similarity model."""
+
+    queries: list[str]  #: one for all documents, or one for each
+    documents: list[str]
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Classification(Message, frozen=True, kw_only=True, tag="classification"):
+    """Texts, or token ids, to sort into the model's classes."""
+
+    input: list[str | list[int]]
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
 #: Everything a worker can be asked to do.
-Task = Chat | Completion | Embedding
+Task = Chat | Completion | Embedding | Score | Classification

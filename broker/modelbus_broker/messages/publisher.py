@@ -88,10 +88,16 @@ class Delta(Row, frozen=True, kw_only=True, tag="d"):
     tool_calls: list[ToolCallDelta] = []
     logprobs: list[TokenLogprob] = []
     refusal: str = ""
+    prompt_logprobs: list[
+        TokenLogprob | None
+    ] = []  #: one per prompt token, None for the first; in one delta, the first
 
 
 class Vectors(Row, frozen=True, kw_only=True, tag="v"):
-    """Embeddings ``start``, ``start + 1`` ...: each ``dimensions`` float32, little endian."""
+    """Results ``start``, ``start + 1`` ...: each ``dimensions`` float32, little endian.
+
+    A vector per text for embeddings, one number per pair for scores, a probability per class for classifications.
+    """
 
     id: str
     run: str
@@ -99,6 +105,7 @@ class Vectors(Row, frozen=True, kw_only=True, tag="v"):
     start: int
     dimensions: int
     data: list[bytes]
+    labels: list[str] = []  #: of the dimensions, for classifications
 
 
 class Done(Row, frozen=True, kw_only=True, tag="z"):

@@ -69,9 +69,10 @@ class StartFailure(Message, frozen=True, kw_only=True, tag="start_failure"):
 class Capabilities(Message, frozen=True, kw_only=True):
     """What a worker's engine can do with its model."""
 
-    tasks: list[str] = []  #: chat, completion, embedding
+    tasks: list[str] = []  #: chat, completion, embedding, score, classification
     streaming: bool = True
     can_continue: bool = False  #: goes on from given output token ids
+    adapters: bool = False  #: a request may name an adapter (LoRA)
     vision: bool = False
     audio: bool = False
     files: bool = False

@@ -21,6 +21,13 @@ class BlobRef(Message, frozen=True, kw_only=True):
     sha256: str
 
 
+class Adapter(Message, frozen=True, kw_only=True):
+    """Weights that are laid over the model's own for one request (LoRA). Clients ask for ``model:name``."""
+
+    name: str
+    path: str  #: a folder on the worker's host, or what its engine takes for one
+
+
 class Request(Message, frozen=True, kw_only=True, tag="request"):
     """One request as it lies in the queue. ``attempt`` n+1 is published when the run of attempt n is lost."""
 
@@ -56,6 +63,7 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
     earlier_blob: BlobRef | None = None  #: the same, too large for the message
     view: str = ""  #: how the publisher shows the answer; handed on as it is to whoever takes the answer up later
     answer_kept_s: int = 0  #: the worker keeps the whole answer for so long, for those who ask again; 0: it does not
+    adapter: Adapter | None = None
 
     @property
     def answers_to(self) -> str:

@@ -7,18 +7,23 @@ does nothing, so that a test can run the whole list.
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, cast
 
 import msgspec
 import pytest
+from modelbus_broker.errors import ContextLengthExceeded
 from modelbus_broker.messages import (
     Chat,
     ChatMessage,
+    Classification,
     Completion,
     Embedding,
     Sampling,
+    Score,
+    Task,
     ToolCallDelta,
     Usage,
 )
@@ -37,6 +42,7 @@ class Answer(msgspec.Struct):
     token_ids: dict[int, list[int]] = {}
     outputs: list[Output] = []
     vectors: list[bytes] = []
+    labels: list[str] = []
     finished: Finished | None = None
 
     @property
@@ -49,7 +55,7 @@ def chat(text: str, **sampling: Any) -> Chat:
     return Chat(messages=[ChatMessage(role="user", content=text)], sampling=Sampling(**(GREEDY | sampling)))
 
 
-async def ask(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -> Answer:
+async def ask(engine: Engine, task: Task, **run: Any) -> Answer:
     """The whole answer; asserts that its outputs come in the order that the port promises."""
     answer = Answer()
     async for output in outputs_of(engine, task, **run):
@@ -68,6 +74,7 @@ async def ask(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -
                 assert output.start == len(answer.vectors), "vectors come in the order of the inputs"
                 assert all(len(vector) == 4 * output.dimensions for vector in output.data)
                 answer.vectors.extend(output.data)
+                answer.labels = output.labels
             case Finished():
                 answer.finished = output
     assert answer.finished is not None, "every answer ends with Finished"
@@ -75,9 +82,8 @@ async def ask(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -
     return answer
 
 
-def outputs_of(engine: Engine, task: Chat | Completion | Embedding, **run: Any) -> AsyncGenerator[EngineOutput, None]:
-    method = {Chat: engine.chat, Completion: engine.completion, Embedding: engine.embedding}[type(task)]
-    return cast(AsyncGenerator[EngineOutput, None], method(task, Run(id="test", **run)))  # type: ignore[operator]
+def outputs_of(engine: Engine, task: Task, **run: Any) -> AsyncGenerator[EngineOutput, None]:
+    return cast(AsyncGenerator[EngineOutput, None], engine.answer(task, Run(id="test", **run)))
 
 
 class Said(msgspec.Struct):
@@ -151,7 +157,13 @@ async def goes_on_anywhere(engine: Engine, task: Chat | Completion, cuts: Iterab
 
 async def check_capabilities_tell_what_is_served(engine: Engine) -> None:
     capabilities = engine.capabilities()
-    assert capabilities.tasks and set(capabilities.tasks) <= {"chat", "completion", "embedding"}
+    assert capabilities.tasks and set(capabilities.tasks) <= {
+        "chat",
+        "completion",
+        "embedding",
+        "score",
+        "classification",
+    }
     assert engine.slots >= 1
     assert bool(engine.compat()) >= capabilities.can_continue, "who goes on from tokens says whose"
 
@@ -271,6 +283,44 @@ async def check_each_input_has_its_vector(engine: Engine) -> None:
     assert both.usage.prompt_tokens > 0
 
 
+async def check_each_document_has_its_score(engine: Engine) -> None:
+    if "score" not in engine.capabilities().tasks:
+        return
+    query, good, bad = "What does a cat eat?", "Cats eat mice and fish.", "The train leaves at nine."
+    one = await ask(engine, Score(queries=[query], documents=[bad, good]))
+    bad_score, good_score = (struct.unpack("<f", vector)[0] for vector in one.vectors)
+    assert good_score > bad_score
+    pairs = await ask(engine, Score(queries=[query, query], documents=[good, bad]))
+    assert [struct.unpack("<f", vector)[0] for vector in pairs.vectors] == pytest.approx(
+        [good_score, bad_score], abs=1e-3
+    )
+    assert one.usage.prompt_tokens == pairs.usage.prompt_tokens > 0
+
+
+async def check_each_text_has_its_probabilities(engine: Engine) -> None:
+    if "classification" not in engine.capabilities().tasks:
+        return
+    answer = await ask(engine, Classification(input=["I love it.", "I hate it."]))
+    assert len(answer.vectors) == 2 and len(answer.labels) >= 2
+    for vector in answer.vectors:
+        probabilities = struct.unpack(f"<{len(answer.labels)}f", vector)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-3)
+    assert answer.usage.prompt_tokens > 0
+
+
+async def check_what_does_not_fit_is_refused_with_the_numbers(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or not capabilities.context_length:
+        return
+    limit = capabilities.context_length
+    with pytest.raises(ContextLengthExceeded, match=str(limit)):
+        await ask(engine, chat(QUESTION, max_tokens=limit))
+    with pytest.raises(ContextLengthExceeded, match=str(limit)) as refused:
+        await ask(engine, chat("many words " * limit, max_tokens=1))
+    assert refused.value.status == 400
+    assert (await ask(engine, chat(QUESTION, max_tokens=2))).reasons == {0: "length"}
+
+
 async def check_an_answer_cut_anywhere_goes_on(engine: Engine) -> None:
     capabilities = engine.capabilities()
     if "chat" not in capabilities.tasks or not capabilities.can_continue:
@@ -299,5 +349,8 @@ CHECKS: list[Check] = [
     check_log_probabilities_are_probabilities,
     check_completion_goes_on_from_the_prompt,
     check_each_input_has_its_vector,
+    check_each_document_has_its_score,
+    check_each_text_has_its_probabilities,
+    check_what_does_not_fit_is_refused_with_the_numbers,
     check_an_answer_cut_anywhere_goes_on,
 ]

@@ -1,7 +1,7 @@
 """The port of an engine: the one thing to write when a new kind of model shall run behind the bus.
 
 An engine is made with an ``EngineConfig``, started once, and then asked for answers by methods named after the
-task (``chat``, ``completion``, ``embedding``), each an async generator of typed outputs. The worker cancels the
+task (``chat``, ``completion``, ``embedding``, ``score``, ``classification``), each an async generator of typed outputs. The worker cancels the
 task that iterates a generator to abort it: an engine must stop its work when its generator is closed.
 """
 
@@ -14,15 +14,18 @@ from importlib.metadata import entry_points
 from typing import ClassVar
 
 import msgspec
+from modelbus_broker.asking import smallest_task
 from modelbus_broker.errors import ConfigurationError, MissingExtra, UnsupportedField
 from modelbus_broker.messages import (
+    Adapter,
     Capabilities,
     Chat,
-    ChatMessage,
+    Classification,
     Completion,
     Embedding,
     FinishReason,
-    Sampling,
+    Score,
+    Task,
     TokenLogprob,
     ToolCallDelta,
     Usage,
@@ -56,6 +59,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0  #: of the first attempt, 0 if this is it
     stream: bool = True
     traceparent: str = ""
+    adapter: Adapter | None = None  #: only for engines whose capabilities have ``adapters``
     fail_fast: bool = False  #: other workers may do it: further tries of what can be retried are left to them
 
 
@@ -77,14 +81,21 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls: list[ToolCallDelta] = []
     logprobs: list[TokenLogprob] = []
     refusal: str = ""
+    prompt_logprobs: list[
+        TokenLogprob | None
+    ] = []  #: one per prompt token, None for the first; in the choice's first output
 
 
 class VectorBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Embeddings of inputs ``start``, ``start + 1``, ...; each little-endian float32."""
+    """Results of inputs ``start``, ``start + 1``, ...; each ``dimensions`` little-endian float32.
+
+    A vector per text for embeddings, one number per document for scores, a probability per class for classifications.
+    """
 
     start: int
     dimensions: int
     data: list[bytes]
+    labels: list[str] = []  #: of the dimensions, for classifications
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +105,6 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     upstream_model: str = ""
     system_fingerprint: str = ""
 
-
-#: Asks for one token; what ``self_test`` sends.
-_TEST_CHAT = Chat(messages=[ChatMessage(role="user", content="Hello")], sampling=Sampling(max_tokens=1))
 
 EngineOutput = Prompt | Output | VectorBatch | Finished
 
@@ -147,15 +155,24 @@ class Engine(ABC):
 
     async def self_test(self) -> None:
         """Makes one token (or one vector) for real. Raises in the engine's own words when that fails."""
-        run = Run(id="self-test", stream=False)
-        if "chat" in self.capabilities().tasks:
-            outputs = self.chat(_TEST_CHAT, run)
-        elif "completion" in self.capabilities().tasks:
-            outputs = self.completion(Completion(prompt=["Hello"], sampling=_TEST_CHAT.sampling), run)
-        else:
-            outputs = self.embedding(Embedding(input=["Hello"]), run)
-        async for _ in outputs:
+        task = smallest_task(self.capabilities().tasks)
+        assert task is not None, "an engine serves at least one task"
+        async for _ in self.answer(task, Run(id="self-test", stream=False)):
             pass
+
+    def answer(self, task: Task, run: Run) -> AsyncIterator[EngineOutput]:
+        """The answer to any task, by the method of its kind."""
+        match task:
+            case Chat():
+                return self.chat(task, run)
+            case Completion():
+                return self.completion(task, run)
+            case Embedding():
+                return self.embedding(task, run)
+            case Score():
+                return self.score(task, run)
+            case Classification():
+                return self.classification(task, run)
 
     def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         raise UnsupportedField(f"model {self.config.model!r} does not serve chat", param="model")
@@ -165,6 +182,16 @@ class Engine(ABC):
 
     def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         raise UnsupportedField(f"model {self.config.model!r} does not serve embeddings", param="model")
+
+    def score(self, task: Score, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} does not score documents", param="model")
+
+    def classification(self, task: Classification, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} does not classify texts", param="model")
+
+    def metrics(self) -> str:
+        """What the engine counts itself, in Prometheus's text format; called in the event loop now and then."""
+        return ""
 
     async def close(self) -> None:  # noqa: B027  # most engines have nothing to let go of
         """Lets go of everything; no generator is open any more."""

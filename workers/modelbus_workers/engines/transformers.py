@@ -15,6 +15,7 @@ from modelbus_broker.errors import ConfigurationError, UnsupportedField
 from modelbus_broker.messages import Capabilities, Chat, Completion, Embedding, Sampling, Usage
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Prompt, Run, VectorBatch
+from .limits import check_fits
 from .params import read_params
 from .torch_model.settings import TransformersSettings
 
@@ -183,7 +184,6 @@ class TransformersEngine(Engine):
     ) -> AsyncGenerator[EngineOutput]:
         from .torch_model.answer_form import AnswerForm
         from .torch_model.plan import make_plan
-        from .torch_model.prompts import check_fits
         from .torch_model.work import Work
 
         work = Work(

@@ -6,7 +6,7 @@ import inspect
 import json
 from typing import Any
 
-from modelbus_broker.errors import ContextLengthExceeded, InvalidRequest, UnsupportedField
+from modelbus_broker.errors import InvalidRequest, UnsupportedField
 from modelbus_broker.messages import Chat, ChatMessage, Completion, TextPart
 
 from .call_formats import knows_tools
@@ -68,23 +68,6 @@ def completion_prompts(loaded: TextModel, task: Completion) -> list[list[int]]:
 def prompt_texts(loaded: TextModel, task: Completion) -> list[str]:
     """The prompts as texts, for ``echo``."""
     return [prompt if isinstance(prompt, str) else loaded.tokenizer.decode(prompt) for prompt in task.prompt]
-
-
-def check_fits(prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
-    """How many tokens the answer may have.
-
-    Raises:
-        ContextLengthExceeded: prompt and output do not fit; the message has the numbers.
-    """
-    asked = max_tokens or 0
-    if prompt_tokens + asked > limit or (max_tokens is None and prompt_tokens >= limit):
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens. However, you requested {prompt_tokens + asked} "
-            f"tokens ({prompt_tokens} in the prompt, {asked} in the completion). "
-            "Please reduce the length of the prompt or completion.",
-            param="max_tokens" if prompt_tokens < limit else "messages",
-        )
-    return limit - prompt_tokens if max_tokens is None else max_tokens
 
 
 def _completion_prompt(loaded: TextModel, prompt: str | list[int]) -> list[int]:
