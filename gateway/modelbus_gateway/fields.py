@@ -152,8 +152,10 @@ RARE_CHAT, RARE_COMPLETION = _rare("chat"), _rare("completions")
 
 
 def can(capabilities: Capabilities, capability: str) -> bool:
-    """Whether a worker has a capability, or, for ``field:NAME``, understands an engine field."""
+    """Whether a worker has a capability, serves a task (``task:NAME``), or understands an engine field (``field:NAME``)."""
     kind, colon, name = capability.partition(":")
+    if kind == "task":
+        return name in capabilities.tasks
     if colon:
         return name in capabilities.extra_fields or "*" in capabilities.extra_fields
     return bool(getattr(capabilities, kind))

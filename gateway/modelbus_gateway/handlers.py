@@ -28,6 +28,17 @@ from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
 from .relay import relay
 from .resuming import Encode, Kind, Rest, View, last_event, read_view, view_text
+from .scoring import (
+    CLASSIFICATION_BODY,
+    RERANK_BODY,
+    SCORE_BODY,
+    classification_answer,
+    rerank_answer,
+    score_answer,
+    translate_classification,
+    translate_rerank,
+    translate_score,
+)
 from .settings import GatewaySettings
 from .translate import (
     CHAT_BODY,
@@ -189,6 +200,32 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     call = await gateway.submit(request, exchange, asked.model, translation)
     answer = await _collect(gateway, call)
     body = embedding_answer(answer, model=asked.model, base64=translation.base64)
+    return await gateway.watch.deliver(request, body, exchange.headers)
+
+
+async def rerank(request: web.Request) -> web.StreamResponse:
+    gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
+    asked = RERANK_BODY.read(await gateway.body(request))
+    call = await gateway.submit(request, exchange, asked.model, translate_rerank(asked))
+    answer = await _collect(gateway, call)
+    return await gateway.watch.deliver(request, rerank_answer(answer, asked, id=call.id), exchange.headers)
+
+
+async def score(request: web.Request) -> web.StreamResponse:
+    gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
+    asked = SCORE_BODY.read(await gateway.body(request))
+    call = await gateway.submit(request, exchange, asked.model, translate_score(asked))
+    answer = await _collect(gateway, call)
+    body = score_answer(answer, id=call.id, created=_created(call), model=asked.model)
+    return await gateway.watch.deliver(request, body, exchange.headers)
+
+
+async def classify(request: web.Request) -> web.StreamResponse:
+    gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
+    asked = CLASSIFICATION_BODY.read(await gateway.body(request))
+    call = await gateway.submit(request, exchange, asked.model, translate_classification(asked))
+    answer = await _collect(gateway, call)
+    body = classification_answer(answer, id=call.id, created=_created(call), model=asked.model)
     return await gateway.watch.deliver(request, body, exchange.headers)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
 
 import msgspec
-from modelbus.answers import AnswerBuilder, ChoiceAnswer
+from modelbus.answers import AnswerBuilder, ChoiceAnswer, floats
 from modelbus_broker.messages import FunctionCall, TokenLogprob, ToolCall, Usage
 from msgspec import UNSET, UnsetType
 
@@ -182,21 +180,13 @@ def embedding_answer(answer: AnswerBuilder, *, model: str, base64: bool) -> byte
     return to_json(
         EmbeddingAnswer(
             data=[
-                EmbeddingItem(index=index, embedding=vector if base64 else _floats(vector))
+                EmbeddingItem(index=index, embedding=vector if base64 else floats(vector))
                 for index, vector in enumerate(answer.vectors)
             ],
             model=model,
             usage=EmbeddingUsageBody(prompt_tokens, prompt_tokens),
         )
     )
-
-
-def _floats(vector: bytes) -> list[float]:
-    numbers = array("f")
-    numbers.frombytes(vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()
 
 
 def usage_body(usage: Usage) -> UsageBody:

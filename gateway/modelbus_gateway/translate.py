@@ -6,9 +6,8 @@ What only some engines can do becomes a list of needs, which ``check_needs`` hol
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from modelbus_broker.errors import InvalidRequest, UnsupportedField
@@ -21,29 +20,23 @@ from modelbus_broker.messages import (
     FilePart,
     ImagePart,
     Sampling,
+    Task,
     ToolCall,
     WorkerRecord,
 )
 
+from .bodies import Body
+from .checks import Need, decimal, integer, not_one_of, texts, timeout
 from .fields import PLACED, PLACED_COMPLETION, RARE_CHAT, RARE_COMPLETION, Field, can
 from .openai_types import ChatRequest, CompletionRequest, EmbeddingRequest, RequestMessage
 
 MAX_STOPS = 16
-MAX_INPUTS = 2048
-T = TypeVar("T")
-
-
-class Need(NamedTuple):
-    """A field that asks for a capability of the engine."""
-
-    param: str
-    capability: str
 
 
 class Translation(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the gateway goes on with it."""
 
-    task: Chat | Completion | Embedding
+    task: Task
     needs: Sequence[Need] = ()
     stream: bool = False
     include_usage: bool = False  #: a last event with the usage
@@ -51,71 +44,6 @@ class Translation(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: bool = False  #: the client asked for them
     legacy_functions: bool = False  #: answer with ``function_call`` in place of ``tool_calls``
     base64: bool = False  #: embeddings as base64
-
-
-class Body(Generic[T]):
-    """Decodes the bodies of one route."""
-
-    def __init__(self, kind: type[T]) -> None:
-        self._kind = kind
-        self._decode = msgspec.json.Decoder(kind).decode
-
-    def read(self, body: bytes) -> T:
-        """Raises InvalidRequest, with ``param`` when a field is at fault."""
-        try:
-            return self._decode(body)
-        except msgspec.ValidationError as error:
-            raise self._wrong_type(body, str(error)) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"We could not parse the JSON body of your request: {error}") from error
-        except RecursionError as error:
-            raise InvalidRequest("We could not parse the JSON body of your request: it is nested too deeply") from error
-
-    def _wrong_type(self, body: bytes, words: str) -> InvalidRequest:
-        reason, _, path = words.partition(" - at `$")
-        path = path.rstrip("`")
-        if "[...]" in path:
-            path = _with_indices(msgspec.json.decode(body), self._kind, words, path)
-        missing = re.fullmatch(r"Object missing required field `(\w+)`", reason)
-        if missing:
-            param = f"{path}.{missing[1]}".lstrip(".")
-            return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
-        param = path.lstrip(".")
-        if not param:
-            return InvalidRequest(f"Invalid request body: {reason[0].lower()}{reason[1:]}.")
-        return InvalidRequest(f"Invalid type for '{param}': {reason[0].lower()}{reason[1:]}.", param=param)
-
-
-def _with_indices(value: Any, kind: type[Any], words: str, path: str) -> str:
-    """The path with the ``[...]`` of the decoder replaced by the first place that is wrong.
-
-    Each list on the way is cut down to one element at a time until the same complaint comes back.
-    """
-    found, parent = "", value
-    *steps, last = path.split("[...]")
-    for step in steps:
-        found += step
-        for name in step.split("."):
-            if name:
-                parent = parent[name]
-        keys: Iterable[Any] = list(parent) if isinstance(parent, dict) else range(len(parent))
-        whole = parent.copy()
-        for key in keys:
-            parent.clear()
-            if isinstance(parent, dict):
-                parent[key] = whole[key]
-            else:
-                parent.append(whole[key])
-            try:
-                msgspec.convert(value, kind)
-            except msgspec.ValidationError as error:
-                if str(error) == words:
-                    found += f".{key}" if isinstance(parent, dict) else f"[{key}]"
-                    parent = whole[key]
-                    break
-        else:  # the place depends on more than one element
-            return path.replace("[...]", "[]")
-    return found + last
 
 
 CHAT_BODY, COMPLETION_BODY, EMBEDDING_BODY = Body(ChatRequest), Body(CompletionRequest), Body(EmbeddingRequest)
@@ -133,15 +61,15 @@ def translate_chat(request: ChatRequest) -> Translation:
                 param="max_completion_tokens",
             )
         max_tokens = request.max_completion_tokens
-        _integer("max_completion_tokens", max_tokens, 1)
+        integer("max_completion_tokens", max_tokens, 1)
     elif max_tokens is not None:
-        _integer("max_tokens", max_tokens, 1)
+        integer("max_tokens", max_tokens, 1)
     logprobs: int | None = None
     if request.logprobs:
         logprobs = request.top_logprobs or 0
         needs.append(Need("logprobs", "logprobs"))
     if request.top_logprobs is not None:
-        _integer("top_logprobs", request.top_logprobs, 0, 20)
+        integer("top_logprobs", request.top_logprobs, 0, 20)
         if not request.logprobs:
             raise InvalidRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
     tools, tool_choice, legacy = request.tools, request.tool_choice, False
@@ -170,7 +98,7 @@ def translate_chat(request: ChatRequest) -> Translation:
         needs=needs,
         stream=stream,
         include_usage=include_usage,
-        timeout_s=_timeout(request.timeout),
+        timeout_s=timeout(request.timeout),
         logprobs=logprobs is not None,
         legacy_functions=legacy,
     )
@@ -184,16 +112,16 @@ def translate_completion(request: CompletionRequest) -> Translation:
         given = [(field, value) for field, value in given if field.name != "best_of"]
     extra = _rare_fields(given, PLACED_COMPLETION, needs)
     if request.max_tokens is not None:
-        _integer("max_tokens", request.max_tokens, 0 if request.echo else 1)
+        integer("max_tokens", request.max_tokens, 0 if request.echo else 1)
     if request.logprobs is not None:
-        _integer("logprobs", request.logprobs, 0, 20)
+        integer("logprobs", request.logprobs, 0, 20)
         needs.append(Need("logprobs", "logprobs"))
     if request.prompt is None:
         raise InvalidRequest("Missing required parameter: 'prompt'.", param="prompt")
     stream, include_usage = _stream(request)
     return Translation(
         task=Completion(
-            prompt=_texts(request.prompt, "prompt", needs),
+            prompt=texts(request.prompt, "prompt", needs),
             sampling=_sampling(request, request.max_tokens, request.logprobs, needs),
             echo=bool(request.echo),
             suffix=request.suffix or None,
@@ -202,7 +130,7 @@ def translate_completion(request: CompletionRequest) -> Translation:
         needs=needs,
         stream=stream,
         include_usage=include_usage,
-        timeout_s=_timeout(request.timeout),
+        timeout_s=timeout(request.timeout),
         logprobs=request.logprobs is not None,
     )
 
@@ -211,13 +139,13 @@ def translate_embedding(request: EmbeddingRequest) -> Translation:
     """Raises InvalidRequest, with ``param``."""
     needs: list[Need] = []
     if request.dimensions is not None:
-        _integer("dimensions", request.dimensions, 1)
+        integer("dimensions", request.dimensions, 1)
     if request.encoding_format not in (None, "float", "base64"):
-        raise _not_one_of("encoding_format", request.encoding_format, ("float", "base64"))
+        raise not_one_of("encoding_format", request.encoding_format, ("float", "base64"))
     return Translation(
-        task=Embedding(input=_texts(request.input, "input", needs), dimensions=request.dimensions),
+        task=Embedding(input=texts(request.input, "input", needs), dimensions=request.dimensions),
         needs=needs,
-        timeout_s=_timeout(request.timeout),
+        timeout_s=timeout(request.timeout),
         base64=request.encoding_format == "base64",
     )
 
@@ -254,21 +182,21 @@ def _sampling(
 ) -> Sampling:
     n = 1 if request.n is None else request.n
     if n != 1:
-        _integer("n", n, 1, 128)
+        integer("n", n, 1, 128)
         needs.append(Need("n", "n"))
     if request.temperature is not None:
-        _decimal("temperature", request.temperature, 0, 2)
+        decimal("temperature", request.temperature, 0, 2)
     if request.top_p is not None:
-        _decimal("top_p", request.top_p, 0, 1)
+        decimal("top_p", request.top_p, 0, 1)
     if request.seed is not None:
-        _integer("seed", request.seed, -(2**63), 2**63 - 1)
+        integer("seed", request.seed, -(2**63), 2**63 - 1)
         needs.append(Need("seed", "seed"))
     presence, frequency = request.presence_penalty, request.frequency_penalty
     if presence:
-        _decimal("presence_penalty", presence, -2, 2)
+        decimal("presence_penalty", presence, -2, 2)
         needs.append(Need("presence_penalty", "penalties"))
     if frequency:
-        _decimal("frequency_penalty", frequency, -2, 2)
+        decimal("frequency_penalty", frequency, -2, 2)
         needs.append(Need("frequency_penalty", "penalties"))
     if request.logit_bias:
         _logit_bias(request.logit_bias)
@@ -296,11 +224,11 @@ def _sampling(
 
 def _engine_ranges(request: ChatRequest | CompletionRequest) -> None:
     if request.top_k is not None:
-        _integer("top_k", request.top_k, -1)
+        integer("top_k", request.top_k, -1)
     if request.min_p is not None:
-        _decimal("min_p", request.min_p, 0, 1)
+        decimal("min_p", request.min_p, 0, 1)
     if request.min_tokens is not None:
-        _integer("min_tokens", request.min_tokens, 0)
+        integer("min_tokens", request.min_tokens, 0)
     if request.repetition_penalty is not None and request.repetition_penalty <= 0:
         raise InvalidRequest(
             f"Invalid 'repetition_penalty': expected a value > 0, but got {request.repetition_penalty:g} instead.",
@@ -312,7 +240,7 @@ def _logit_bias(biases: dict[str, float]) -> None:
     for token, bias in biases.items():
         if not token.isascii() or not token.isdigit():
             raise InvalidRequest(f"Invalid key in 'logit_bias': {token!r} is no token id.", param="logit_bias")
-        _decimal(f"logit_bias.{token}", bias, -100, 100)
+        decimal(f"logit_bias.{token}", bias, -100, 100)
 
 
 def _stops(stop: str | list[str]) -> list[str]:
@@ -337,16 +265,6 @@ def _stream(request: ChatRequest | CompletionRequest) -> tuple[bool, bool]:
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
         )
     return True, bool(options.include_usage)
-
-
-def _timeout(timeout_s: float | None) -> float:
-    if timeout_s is None:
-        return 0.0
-    if not 0 < timeout_s <= 7 * 86400:
-        raise InvalidRequest(
-            f"Invalid 'timeout': expected seconds > 0 and <= 604800, but got {timeout_s:g} instead.", param="timeout"
-        )
-    return timeout_s
 
 
 def _messages(messages: list[RequestMessage], needs: list[Need]) -> list[ChatMessage]:
@@ -434,7 +352,7 @@ def _from_functions(request: ChatRequest) -> tuple[list[dict[str, Any]] | None, 
     if isinstance(choice, dict):
         choice = {"type": "function", "function": choice}
     elif choice not in (None, "auto", "none"):
-        raise _not_one_of("function_call", choice, ("auto", "none"))
+        raise not_one_of("function_call", choice, ("auto", "none"))
     return tools, choice
 
 
@@ -456,7 +374,7 @@ def _tools(
                 f"Invalid '{choice_param}': the function is not among those in '{param}'.", param=choice_param
             )
     elif choice not in (None, "none", "auto", "required"):
-        raise _not_one_of(choice_param, choice, ("none", "auto", "required"))
+        raise not_one_of(choice_param, choice, ("none", "auto", "required"))
     return tools, choice
 
 
@@ -467,7 +385,7 @@ def _function_name(tool: dict[str, Any], at: str) -> str:
             raise UnsupportedField(
                 f"'{at}.type' 'custom' is not supported here: only functions are.", param=f"{at}.type"
             )
-        raise _not_one_of(f"{at}.type", kind, ("function",))
+        raise not_one_of(f"{at}.type", kind, ("function",))
     function = tool.get("function")
     if not isinstance(function, dict):
         raise InvalidRequest(f"Missing required parameter: '{at}.function'.", param=f"{at}.function")
@@ -484,7 +402,7 @@ def _allowed(tools: list[dict[str, Any]], names: list[str], choice: dict[str, An
     if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
         raise InvalidRequest(f"Missing required parameter: '{at}.tools'.", param=f"{at}.tools")
     if allowed.get("mode") not in ("auto", "required"):
-        raise _not_one_of(f"{at}.mode", allowed.get("mode"), ("auto", "required"))
+        raise not_one_of(f"{at}.mode", allowed.get("mode"), ("auto", "required"))
     wanted = set()
     for index, tool in enumerate(allowed["tools"]):
         if not isinstance(tool, dict):
@@ -515,80 +433,6 @@ def _response_format(given: dict[str, Any] | None, needs: list[Need]) -> dict[st
                     )
                     raise InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
         case _:
-            raise _not_one_of("response_format.type", kind, ("text", "json_object", "json_schema"))
+            raise not_one_of("response_format.type", kind, ("text", "json_object", "json_schema"))
     needs.append(Need("response_format", str(kind)))
     return given
-
-
-def _texts(given: str | list[str | int | list[int]], param: str, needs: list[Need]) -> list[str | list[int]]:
-    """One text, one list of token ids, or a list of either, as a list."""
-    if isinstance(given, str):
-        if not given and param == "input":
-            raise InvalidRequest("Invalid 'input': empty string.", param=param)
-        return [given]
-    if not given:
-        raise InvalidRequest(f"Invalid '{param}': empty array. Expected at least one element.", param=param)
-    if isinstance(given[0], int):
-        given = [_token_ids(given, param)]
-    if len(given) > MAX_INPUTS:
-        raise InvalidRequest(
-            f"Invalid '{param}': array too long. Expected an array with maximum length {MAX_INPUTS}, "
-            f"but got an array with length {len(given)} instead.",
-            param=param,
-        )
-    result: list[str | list[int]] = []
-    tokens = False
-    for index, item in enumerate(given):
-        if isinstance(item, int):
-            raise InvalidRequest(
-                f"Invalid type for '{param}[{index}]': texts and tokens are mixed.", param=f"{param}[{index}]"
-            )
-        if not item and (param == "input" or not isinstance(item, str)):
-            raise InvalidRequest(f"Invalid '{param}[{index}]': it is empty.", param=f"{param}[{index}]")
-        if not isinstance(item, str):
-            tokens = True
-            _token_ids(item, param)
-        result.append(item)
-    if tokens:
-        needs.append(Need(param, "token_prompts"))
-    return result
-
-
-def _token_ids(given: Sequence[object], param: str) -> list[int]:
-    for index, token in enumerate(given):
-        if not isinstance(token, int) or not 0 <= token < 2**31:
-            raise InvalidRequest(f"Invalid '{param}[{index}]': {token!r} is no token id.", param=f"{param}[{index}]")
-    return list(given)  # type: ignore[arg-type]  # all are ints: just seen
-
-
-def _integer(param: str, value: int, least: int, most: int | None = None) -> None:
-    if value < least:
-        raise InvalidRequest(
-            f"Invalid '{param}': integer below minimum value. Expected a value >= {least}, but got {value} instead.",
-            param=param,
-        )
-    if most is not None and value > most:
-        raise InvalidRequest(
-            f"Invalid '{param}': integer above maximum value. Expected a value <= {most}, but got {value} instead.",
-            param=param,
-        )
-
-
-def _decimal(param: str, value: float, least: float, most: float) -> None:
-    if value < least:
-        raise InvalidRequest(
-            f"Invalid '{param}': decimal below minimum value. Expected a value >= {least:g}, but got {value:g} instead.",
-            param=param,
-        )
-    if value > most:
-        raise InvalidRequest(
-            f"Invalid '{param}': decimal above maximum value. Expected a value <= {most:g}, but got {value:g} instead.",
-            param=param,
-        )
-
-
-def _not_one_of(param: str, value: object, choices: Sequence[str]) -> InvalidRequest:
-    return InvalidRequest(
-        f"Invalid value: {value!r}. Supported values are: {', '.join(repr(choice) for choice in choices)}.",
-        param=param,
-    )

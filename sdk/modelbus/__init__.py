@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from . import errors
     from .answers import ChoiceAnswer
-    from .client import ChatAnswer, ChatDelta, ChatStream, Client, EmbeddingAnswer, connect
+    from .client import (
+        ChatAnswer,
+        ChatDelta,
+        ChatStream,
+        ClassificationAnswer,
+        ClassifiedText,
+        Client,
+        EmbeddingAnswer,
+        RankedDocument,
+        Ranking,
+        connect,
+    )
     from .deploying import DeployResult, UndeployResult
     from .spec import DeploySpec
     from .stat import ModelInfo, ModelStat
@@ -31,7 +42,10 @@ __version__ = "0.1.0"
 #: Where each public name lives.
 _HOMES = {
     "modelbus.answers": ("ChoiceAnswer",),
-    "modelbus.client": ("ChatAnswer", "ChatDelta", "ChatStream", "Client", "EmbeddingAnswer", "connect"),
+    "modelbus.client": (
+        "ChatAnswer", "ChatDelta", "ChatStream", "ClassificationAnswer", "ClassifiedText", "Client", "EmbeddingAnswer",
+        "RankedDocument", "Ranking", "connect",
+    ),
     "modelbus.deploying": ("DeployResult", "UndeployResult"),
     "modelbus.spec": ("DeploySpec",),
     "modelbus.stat": ("ModelInfo", "ModelStat"),
@@ -46,9 +60,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ByzerLLM", "ChatAnswer", "ChatDelta", "ChatMessage", "ChatStream", "ChoiceAnswer", "Client", "DeployResult",
+    "ByzerLLM", "ChatAnswer", "ChatDelta", "ChatMessage", "ChatStream", "ChoiceAnswer", "ClassificationAnswer",
+    "ClassifiedText", "Client", "DeployResult",
     "DeploySpec", "EmbeddingAnswer", "ImagePart", "ImageURL", "LLM", "LLMRequest", "LLMResponse", "ModelBusError",
-    "ModelInfo", "ModelStat", "Sampling", "SingleOutputMeta", "TextPart", "ToolCall", "UndeployResult", "Usage", "__version__",
+    "ModelInfo", "ModelStat", "RankedDocument", "Ranking", "Sampling", "SingleOutputMeta", "TextPart", "ToolCall", "UndeployResult", "Usage", "__version__",
     "connect", "connect_cluster", "disconnect", "errors",
 ]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from sys import byteorder
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -95,6 +97,7 @@ class AnswerBuilder:
         self.done: Done | None = None
         self.prompt_tokens = 0  #: as said by the ``started`` frame; 0 = not known yet
         self.dimensions = 0  #: of the vectors
+        self.labels: list[str] = []  #: of the dimensions, for classifications
         self._choices: dict[int, _Choice] = {}
         self._vectors: dict[int, bytes] = {}
 
@@ -109,6 +112,7 @@ class AnswerBuilder:
                 self.done = frame
             case Vectors():
                 self.dimensions = frame.dimensions
+                self.labels = frame.labels
                 self._vectors.update(enumerate(frame.data, frame.start))
             case Started():
                 self.prompt_tokens = frame.prompt_tokens or self.prompt_tokens
@@ -128,6 +132,15 @@ class AnswerBuilder:
     @property
     def usage(self) -> Usage:
         return self.done.usage if self.done else Usage(prompt_tokens=self.prompt_tokens)
+
+
+def floats(vector: bytes) -> list[float]:
+    """A vector off the bus (float32, little endian) as numbers."""
+    numbers = array("f")
+    numbers.frombytes(vector)
+    if byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
 
 
 async def collect(call: Call) -> AnswerBuilder:

@@ -7,9 +7,7 @@ that waits for an answer cancels the request on the bus.
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
-from sys import byteorder
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,10 +21,12 @@ from modelbus_broker.messages import (
     Cancelled,
     Chat,
     ChatMessage,
+    Classification,
     Delta,
     Embedding,
     FinishReason,
     Sampling,
+    Score,
     Task,
     TokenLogprob,
     ToolCall,
@@ -40,7 +40,7 @@ from modelbus_broker.settings import BusSettings, bus_settings
 from modelbus_broker.topology import declare_bus, depths
 
 from . import deploying
-from .answers import AnswerBuilder, ChoiceAnswer, collect
+from .answers import AnswerBuilder, ChoiceAnswer, collect, floats
 from .spec import DeploySpec
 from .stat import ModelInfo, ModelStat, model_info, stat_of
 
@@ -95,6 +95,39 @@ class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     vectors: list[list[float]]
     dimensions: int
+    usage: Usage
+
+
+class RankedDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """A document, and how well it answers the query."""
+
+    index: int  #: among the documents that were given
+    score: float
+    text: str
+
+
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """Documents, the best first."""
+
+    id: str
+    model: str
+    documents: list[RankedDocument]
+    usage: Usage
+
+
+class ClassifiedText(msgspec.Struct, frozen=True, kw_only=True):
+    """One text's class, and the probability of each."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class ClassificationAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Classes, in the order of the texts."""
+
+    id: str
+    model: str
+    texts: list[ClassifiedText]
     usage: Usage
 
 
@@ -280,6 +313,55 @@ class Client:
             usage=builder.usage,
         )
 
+    async def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        options: CallOptions | None = None,
+    ) -> Ranking:
+        """The documents, those that answer the query best first.
+
+        Args:
+            top_n: only so many of them; None: all.
+
+        Raises:
+            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+        """
+        if not documents:
+            raise InvalidRequest("there is no document to rank", param="documents")
+        if top_n is not None and top_n < 1:
+            raise InvalidRequest(f"top_n must be at least 1, not {top_n}", param="top_n")
+        task = Score(queries=[query], documents=list(documents))
+        call = await self.publisher.publish(model, task, _plain(options))
+        builder = await collect(call)
+        scores = [floats(vector)[0] for vector in builder.vectors]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
+        ranked = [RankedDocument(index=index, score=scores[index], text=documents[index]) for index in order]
+        return Ranking(id=call.id, model=model, documents=ranked, usage=builder.usage)
+
+    async def classify(
+        self, model: str, texts: str | Sequence[str], *, options: CallOptions | None = None
+    ) -> ClassificationAnswer:
+        """The classes of texts.
+
+        Raises:
+            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+        """
+        inputs: list[str | list[int]] = [texts] if isinstance(texts, str) else list(texts)
+        if not inputs:
+            raise InvalidRequest("there is no text to classify", param="input")
+        call = await self.publisher.publish(model, Classification(input=inputs), _plain(options))
+        builder = await collect(call)
+        classified = []
+        for vector in builder.vectors:
+            probabilities = dict(zip(builder.labels, floats(vector), strict=True))
+            label = max(probabilities, key=lambda name: probabilities[name])
+            classified.append(ClassifiedText(label=label, probabilities=probabilities))
+        return ClassificationAnswer(id=call.id, model=model, texts=classified, usage=builder.usage)
+
     async def cancel(self, request_id: str) -> Cancelled:
         """Cancels a request of anybody by its id; says what had become of it until then.
 
@@ -422,12 +504,3 @@ def _chat_delta(frame: Delta) -> ChatDelta:
         logprobs=frame.logprobs,
         refusal=frame.refusal,
     )
-
-
-def floats(vector: bytes) -> list[float]:
-    """A vector off the bus (float32, little endian) as numbers."""
-    numbers = array("f")
-    numbers.frombytes(vector)
-    if byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()

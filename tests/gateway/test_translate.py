@@ -19,11 +19,11 @@ from modelbus_broker.messages import (
     decode_task,
     encode,
 )
+from modelbus_gateway.checks import Need
 from modelbus_gateway.translate import (
     CHAT_BODY,
     COMPLETION_BODY,
     EMBEDDING_BODY,
-    Need,
     Translation,
     check_needs,
     translate_chat,

@@ -1,4 +1,4 @@
-"""The echo model as pure functions: what it answers, token by token, and what its embeddings are.
+"""The echo model as pure functions: what it answers, token by token, and what its embeddings, scores and classes are.
 
 Its answer is the text that it was given, cut into pieces of one word each (one character where a script has no
 blanks between words). A piece is a token. Nothing is random: the same request has the same answer everywhere, so
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import struct
 import sys
 from array import array
 from bisect import bisect_left
@@ -23,6 +24,8 @@ from modelbus_broker.messages import FinishReason, Sampling, TokenLogprob, TopLo
 # Chinese, Japanese and Korean characters are pieces of their own.
 _WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _PIECE = re.compile(rf"\s*(?:[{_WIDE}]|[^\s{_WIDE}]+)|\s+")
+
+_WORD = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+")
 
 #: What keeps the blanks of an ASCII text from being its word borders, one for one.
 _OTHER_BLANKS = ("  ", "\t", "\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x1f")
@@ -111,6 +114,23 @@ def echo_vector(text: str | list[int], dimensions: int) -> bytes:
     if sys.byteorder == "big":
         vector.byteswap()
     return vector.tobytes()
+
+
+def echo_score(query: str, document: str) -> bytes:
+    """How much of a query a document has: the share of its words that are in it, as little-endian float32."""
+    words = set(_WORD.findall(query.lower()))
+    found = words & set(_WORD.findall(document.lower()))
+    return struct.pack("<f", len(found) / len(words) if words else 0.0)
+
+
+#: What ``echo_classes`` tells apart.
+ECHO_LABELS = ["short", "long"]
+
+
+def echo_classes(text: str | list[int]) -> bytes:
+    """The probabilities of ``ECHO_LABELS``, as little-endian float32: eight tokens are as short as long."""
+    tokens = count_tokens(text) if isinstance(text, str) else len(text)
+    return struct.pack("<2f", 8 / (tokens + 8), tokens / (tokens + 8))
 
 
 def _repeated(source: list[str], start: int, count: int) -> list[str]:

@@ -15,10 +15,13 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 from modelbus.testing.echo import (
+    ECHO_LABELS,
     EchoAnswer,
     count_tokens,
     echo_answer,
+    echo_classes,
     echo_logprob,
+    echo_score,
     echo_vector,
     token_id,
 )
@@ -27,15 +30,18 @@ from modelbus_broker.messages import (
     Capabilities,
     Chat,
     ChatMessage,
+    Classification,
     Completion,
     Embedding,
     Failed,
     Sampling,
+    Score,
     TextPart,
     Usage,
 )
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Output, Prompt, Run, VectorBatch
+from .limits import check_fits
 from .params import read_params
 
 #: Waits are rounded up to this grid, so that many paced streams wake in one turn of the event loop.
@@ -58,7 +64,7 @@ class EchoSettings(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""  #: answer this instead of what was said
     slots: int = 1024
     dimensions: int = 64  #: of embeddings
-    context_length: int = 0  #: only told, not kept
+    context_length: int = 0  #: tokens; 0: no limit
     start_delay_ms: float = 0.0
     start_error: str = ""  #: the start fails with these words
     fail: str = "never"  #: never, always, first:N, every:N (requests)
@@ -91,7 +97,7 @@ class EchoEngine(Engine):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            tasks=["chat", "completion", "embedding"], can_continue=True, vision=True, audio=True, files=True,
+            tasks=["chat", "completion", "embedding", "score", "classification"], can_continue=True, vision=True, audio=True, files=True,
             logprobs=True, n=True, seed=True, token_prompts=True, context_length=self.settings.context_length,
             dimensions=self.settings.dimensions, extra_fields=["*"],
         )  # fmt: skip
@@ -118,14 +124,33 @@ class EchoEngine(Engine):
         return self._answer(texts, "\n".join(prompts), prompt_tokens, task.sampling, run, prefixes)
 
     async def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
-        fails = self._fails(run)
-        await self._pause(asyncio.get_running_loop().time() + self.settings.delay_ms / 1000)
-        await self._misbehave("\n".join(text for text in task.input if isinstance(text, str)), fails)
+        await self._wait_or_fail("\n".join(text for text in task.input if isinstance(text, str)), run)
         dimensions = task.dimensions or self.settings.dimensions
-        self.steps += 1
         yield VectorBatch(start=0, dimensions=dimensions, data=[echo_vector(text, dimensions) for text in task.input])
         tokens = sum(count_tokens(text) if isinstance(text, str) else len(text) for text in task.input)
         yield Finished(usage=Usage(prompt_tokens=tokens))
+
+    async def score(self, task: Score, run: Run) -> AsyncIterator[EngineOutput]:
+        queries = task.queries if len(task.queries) > 1 else task.queries * len(task.documents)
+        pairs = list(zip(queries, task.documents, strict=True))
+        await self._wait_or_fail("\n".join(task.documents), run)
+        yield VectorBatch(start=0, dimensions=1, data=[echo_score(*pair) for pair in pairs])
+        tokens = sum(count_tokens(query) + count_tokens(document) for query, document in pairs)
+        yield Finished(usage=Usage(prompt_tokens=tokens))
+
+    async def classification(self, task: Classification, run: Run) -> AsyncIterator[EngineOutput]:
+        await self._wait_or_fail("\n".join(text for text in task.input if isinstance(text, str)), run)
+        data = [echo_classes(text) for text in task.input]
+        yield VectorBatch(start=0, dimensions=len(ECHO_LABELS), data=data, labels=ECHO_LABELS)
+        tokens = sum(count_tokens(text) if isinstance(text, str) else len(text) for text in task.input)
+        yield Finished(usage=Usage(prompt_tokens=tokens))
+
+    async def _wait_or_fail(self, said: str, run: Run) -> None:
+        """What comes before results that come all at once."""
+        fails = self._fails(run)
+        await self._pause(asyncio.get_running_loop().time() + self.settings.delay_ms / 1000)
+        await self._misbehave(said, fails)
+        self.steps += 1
 
     async def _answer(
         self,
@@ -141,6 +166,8 @@ class EchoEngine(Engine):
         fails = self._fails(run)
         now = asyncio.get_running_loop().time
         began = now()
+        if settings.context_length:
+            check_fits(prompt_tokens, sampling.max_tokens, settings.context_length)
         prompt_tokens = run.prompt_tokens or prompt_tokens
         yield Prompt(prompt_tokens)
         choices = [
