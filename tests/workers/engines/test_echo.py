@@ -27,7 +27,9 @@ async def started(**params: str) -> EchoEngine:
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("params", [{}, {"interval_ms": "1"}, {"chunk": "2"}, {"tokens": "500"}, {"context_length": "1000"}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{}, {"interval_ms": "1"}, {"chunk": "2"}, {"tokens": "500"}, {"context_length": "1000"}], ids=str
+)
 async def test_echo_keeps_the_contract(check: contract.Check, params: dict[str, str]) -> None:
     await check(await started(**params))
 
