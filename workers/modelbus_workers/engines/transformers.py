@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 from modelbus_broker.errors import ConfigurationError, UnsupportedField
-from modelbus_broker.messages import Capabilities, Chat, Completion, Embedding, Sampling, Usage
+from modelbus_broker.messages import Capabilities, Chat, Classification, Completion, Embedding, Sampling, Score, Usage
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Prompt, Run, VectorBatch
 from .limits import check_fits
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .torch_model.embedding import Embedder
     from .torch_model.generation import Stepper
     from .torch_model.grammar import Grammar
+    from .torch_model.heads import Head
     from .torch_model.loading import TextModel
     from .torch_model.loop import GenerationLoop
 
@@ -32,11 +33,13 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_EMBEDDING_SLOTS = 8
+#: Of embeddings, scores and classes.
+_VECTOR_SLOTS = 8
 
 
 class TransformersEngine(Engine):
-    """Chat and completion from a safetensors folder or a GGUF file; embeddings from a sentence-transformers folder."""
+    """Chat and completion from a safetensors folder or a GGUF file; embeddings from a sentence-transformers folder;
+    scores and classes from a folder of a ``...ForSequenceClassification``."""
 
     name: ClassVar[str] = "transformers"
     needs: ClassVar[tuple[str, ...]] = ("torch", "transformers", "llguidance")
@@ -54,6 +57,7 @@ class TransformersEngine(Engine):
         self._stepper: Stepper | None = None
         self._loop: GenerationLoop | None = None
         self._embedder: Embedder | None = None
+        self._head: Head | None = None
 
     async def start(self) -> None:
         """Loads the model in a thread.
@@ -83,6 +87,11 @@ class TransformersEngine(Engine):
 
             self._embedder = Embedder(source, self._settings, device)
             return
+        if source.kind == "head":
+            from .torch_model.heads import Head
+
+            self._head = Head(source, self._settings, device)
+            return
         from .torch_model.generation import Stepper
 
         self._text = load_text_model(source, self._settings, device, len(self.config.gpus))
@@ -96,6 +105,11 @@ class TransformersEngine(Engine):
             return Capabilities(
                 tasks=["embedding"], streaming=False, token_prompts=True,
                 context_length=self._embedder.context_length, dimensions=self._embedder.dimensions,
+            )  # fmt: skip
+        if self._head is not None:
+            return Capabilities(
+                tasks=["score" if self._head.scores else "classification"], streaming=False,
+                token_prompts=not self._head.scores, context_length=self._head.context_length,
             )  # fmt: skip
         assert self._text is not None, "start comes first"
         grammars = self._text.grammars is not None
@@ -120,7 +134,7 @@ class TransformersEngine(Engine):
 
     @property
     def slots(self) -> int:
-        own = _EMBEDDING_SLOTS if self._embedder is not None else 1
+        own = 1 if self._text is not None else _VECTOR_SLOTS
         return self.config.slots or self._settings.slots or own
 
     @property
@@ -129,7 +143,7 @@ class TransformersEngine(Engine):
         return 0 if self._loop is None else self._loop.running
 
     def compat(self) -> str:
-        loaded = self._text or self._embedder
+        loaded = self._text or self._embedder or self._head
         return loaded.compat if loaded is not None else ""
 
     def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
@@ -140,6 +154,14 @@ class TransformersEngine(Engine):
 
     def embedding(self, task: Embedding, run: Run) -> AsyncIterator[EngineOutput]:
         return super().embedding(task, run) if self._embedder is None else self._embed(self._embedder, task)
+
+    def score(self, task: Score, run: Run) -> AsyncIterator[EngineOutput]:
+        head = self._head
+        return super().score(task, run) if head is None or not head.scores else self._judge(head, task)
+
+    def classification(self, task: Classification, run: Run) -> AsyncIterator[EngineOutput]:
+        head = self._head
+        return super().classification(task, run) if head is None or head.scores else self._judge(head, task)
 
     async def _chat(self, text: TextModel, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         from .torch_model.prompts import chat_prompt
@@ -220,6 +242,16 @@ class TransformersEngine(Engine):
             self.steps += 1
             yield VectorBatch(start=start, dimensions=task.dimensions or embedder.dimensions, data=vectors)
         yield Finished(usage=Usage(prompt_tokens=texts.tokens), system_fingerprint=f"fp_{embedder.compat}")
+
+    async def _judge(self, head: Head, task: Score | Classification) -> AsyncIterator[EngineOutput]:
+        rows = await self._in_thread(head.prepare, task)
+        yield Prompt(rows.tokens)
+        labels = [] if head.scores else head.labels
+        for start, batch in head.batches(rows):
+            found = await self._in_thread(head.compute, batch)
+            self.steps += 1
+            yield VectorBatch(start=start, dimensions=len(head.labels), data=found, labels=labels)
+        yield Finished(usage=Usage(prompt_tokens=rows.tokens), system_fingerprint=f"fp_{head.compat}")
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         call = functools.partial(function, *args, **kwargs)

@@ -36,7 +36,7 @@ _EMBEDDING_TYPES = ("bge", "m3e")
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """Where the weights are and what they are."""
 
-    kind: Literal["text", "embedding"]
+    kind: Literal["text", "embedding", "head"]
     folder: Path
     gguf: str = ""  #: the file inside the folder
     normalize: bool = False  #: embeddings get length 1 even if the folder does not say so
@@ -91,6 +91,8 @@ def find_source(config: EngineConfig) -> Source:
         if path.suffix != ".gguf":
             raise ConfigurationError(f"model path {path} is a file that is no .gguf; give the model's folder")
         return Source(kind="text", folder=path.parent, gguf=path.name)
+    if _has_head(path / "config.json"):
+        return Source(kind="head", folder=path)
     if (path / "modules.json").is_file() or kind in _EMBEDDING_TYPES:
         return Source(kind="embedding", folder=path, normalize=kind == "bge")
     if (path / "config.json").is_file():
@@ -101,6 +103,19 @@ def find_source(config: EngineConfig) -> Source:
     if not ggufs:
         raise ConfigurationError(f"{path} has no model: neither config.json nor modules.json nor a .gguf file")
     return Source(kind="text", folder=path, gguf=ggufs[0])
+
+
+def _has_head(config: Path) -> bool:
+    """Whether it is the config of a model that scores or classifies. What cannot be read is told of by the library."""
+    try:
+        said = msgspec.json.decode(config.read_bytes(), type=_Architectures)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return any(name.endswith("ForSequenceClassification") for name in said.architectures or ())
+
+
+class _Architectures(msgspec.Struct):
+    architectures: list[str] | None = None
 
 
 def choose_device(settings: TransformersSettings, gpus: tuple[int, ...]) -> str:
@@ -157,7 +172,7 @@ def load_text_model(source: Source, settings: TransformersSettings, device: str,
         model=model,
         tokenizer=tokenizer,
         device=device,
-        context_length=_context_length(text_config, tokenizer, settings.max_model_len),
+        context_length=context_length(text_config, tokenizer, settings.max_model_len),
         vocabulary=vocabulary,
         eos=ends,
         compat=_compat(source, model, tokenizer, settings),
@@ -240,7 +255,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _context_length(config: Any, tokenizer: Any, wanted: int) -> int:
+def context_length(config: Any, tokenizer: Any, wanted: int) -> int:
+    """How many tokens the model takes: ``wanted``, or if that is 0 what it was made for.
+
+    Raises:
+        ConfigurationError: more is wanted.
+    """
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limits = [value for name in names if (value := getattr(config, name, None))]
     # A tokenizer that does not know says 10^30.

@@ -30,13 +30,13 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     attn_implementation: str = ""
     #: runs Python code that lies in the model's folder
     trust_remote_code: bool = False
-    #: requests at once; 0: 1 for chat, 8 for embeddings
+    #: requests at once; 0: 1 for chat, 8 for embeddings, scores and classes
     slots: int = 0
     #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
     num_threads: int = 0
     #: how the model writes tool calls; auto: what its chat template shows
     tool_parser: ToolParser = "auto"
-    #: texts embedded at once
+    #: texts embedded, scored or classified at once
     batch_size: int = 32
 
     def torch_dtype(self, device: str) -> Any:
