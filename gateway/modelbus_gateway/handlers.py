@@ -22,6 +22,7 @@ from modelbus_broker.registry import Registry
 
 from .delivery import ClientWatch
 from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
+from .engine_metrics import exposition, measure
 from .event_ids import EventId, read_event_id
 from .events import ChatEvents, CompletionEvents, error_event
 from .metrics import Metrics
@@ -271,8 +272,10 @@ async def metrics(request: web.Request) -> web.Response:
     else:
         gateway.metrics.queued({name: depths.get(names.model_token(name), 0) for name in gateway.registry.models()})
     gateway.metrics.stuck(gateway.registry.models(), gateway.publisher.standstill.standing)
+    engines = exposition(await measure(gateway.bus, gateway.registry.workers.values()))
     return web.Response(
-        body=gateway.metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        body=gateway.metrics.exposition() + engines,
+        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
     )
 
 

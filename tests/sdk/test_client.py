@@ -171,3 +171,24 @@ def test_the_caller_s_messages_stay_as_they_are() -> None:
     chat_task(messages, {})
 
     assert messages == [{"role": "user", "content": "x"}]
+
+
+async def test_documents_are_ranked_and_texts_classified(cluster: Cluster) -> None:
+    await cluster.deploy_echo("echo")
+    documents = ["nothing here", "red and blue", "red"]
+
+    async with modelbus.connect(cluster.server.url) as client:
+        ranking = await client.rerank("echo", "red blue", documents, top_n=2)
+        classes = await client.classify("echo", ["two words", "word " * 24])
+        with pytest.raises(InvalidRequest, match="no document"):
+            await client.rerank("echo", "red", [])
+        with pytest.raises(InvalidRequest, match="top_n"):
+            await client.rerank("echo", "red", documents, top_n=0)
+        with pytest.raises(InvalidRequest, match="no text"):
+            await client.classify("echo", [])
+
+    assert [(found.index, found.score, found.text) for found in ranking.documents] == [
+        (1, 1.0, "red and blue"), (2, 0.5, "red"),
+    ]  # fmt: skip
+    assert [found.label for found in classes.texts] == ["short", "long"]
+    assert sum(classes.texts[0].probabilities.values()) == pytest.approx(1)

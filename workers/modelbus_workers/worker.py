@@ -32,6 +32,7 @@ from modelbus_broker.messages import (
     FoundRun,
     Go,
     LetGo,
+    Measure,
     Probe,
     Resend,
     Stop,
@@ -314,6 +315,9 @@ class Worker:
                 self._reply(msg, self.finding.adopt(message))
             case Probe(publisher=publisher):
                 self._reply(msg, self.liveness.alive_for(publisher))
+            case Measure():
+                if msg.reply:
+                    self._spawn(self._send(msg.reply, self.engine.metrics().encode()))
 
     def _on_find(self, msg: Msg) -> None:
         self._reply(msg, self.finding.found(msg))

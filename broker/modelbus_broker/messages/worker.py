@@ -122,7 +122,11 @@ class Probe(Message, frozen=True, kw_only=True, tag="probe"):
     publisher: str
 
 
-Control = Stop | Go | LetGo | Resend | Adopt | Probe
+class Measure(Message, frozen=True, kw_only=True, tag="measure"):
+    """What does your engine count? The answer is plain text: Prometheus's text format, which may be empty."""
+
+
+Control = Stop | Go | LetGo | Resend | Adopt | Probe | Measure
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 _task_decoder: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)

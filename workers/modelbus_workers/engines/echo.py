@@ -110,6 +110,12 @@ class EchoEngine(Engine):
         said = f"{self.settings.tokens} {self.settings.text}"
         return "echo" + hashlib.sha256(said.encode()).hexdigest()[:12]
 
+    def metrics(self) -> str:
+        return (
+            "# HELP echo_steps_total Steps of the engine.\n# TYPE echo_steps_total counter\n"
+            f"echo_steps_total {self.steps}\n"
+        )
+
     def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         said = next((_said(message) for message in reversed(task.messages) if message.role == "user"), "")
         prompt_tokens = sum(count_tokens(_said(message)) for message in task.messages)
