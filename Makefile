@@ -1,6 +1,6 @@
 # Everything that can be done with a checkout; `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-setup chaos docs lock clean
+.PHONY: help setup demo test lint format bench bench-setup vllm-setup chaos docs lock clean
 SHELL := /bin/bash
 
 # The first Python of this machine that is new enough; name another with PYTHON=...
@@ -46,6 +46,11 @@ bench-setup: $(MADE) ## make .venv-litellm, the proxy that one row of the table 
 	@[[ -x .venv-litellm/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-litellm
 	$(BIN)/uv pip install --python .venv-litellm/bin/python --constraint constraints/litellm.txt 'litellm[proxy]'
 
+vllm-setup: $(MADE) .venv-vllm/.made ## make .venv-vllm, in which the vllm engine is tested
+
+.venv-vllm/.made: pyproject.toml constraints/vllm.txt scripts/setup-vllm.sh
+	@scripts/setup-vllm.sh
+
 docs: $(MADE) ## write the generated parts of docs/ again (the command line's help)
 	@$(BIN)/python scripts/docs.py
 
@@ -53,5 +58,5 @@ lock: $(MADE) ## write constraints/ from the environments as they are now
 	@$(BIN)/python scripts/lock.py
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-openai2 .venv-litellm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-openai2 .venv-litellm .venv-vllm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

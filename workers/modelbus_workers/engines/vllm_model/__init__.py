@@ -1,0 +1,1 @@
+"""What the engine ``vllm`` is made of; nothing here is imported before the engine starts."""
