@@ -84,3 +84,9 @@ async def test_code_that_holds_the_interpreter_s_lock_is_ended_too_and_the_log_s
     assert done.stdout == "now\n"
     assert done.returncode == 1
     assert "Timeout" in done.stderr and "in match" in done.stderr
+
+
+def test_an_engine_that_says_it_is_broken_ends_its_worker_at_once() -> None:
+    judge = StallJudge(STALL_S, counts_steps=False)
+    assert judge.look(Sample(1, 0, 0, 0), 1.0) == ""
+    assert judge.look(Sample(2, 0, 0, 0, "its core has died"), 1.0) == "the engine is broken: its core has died"

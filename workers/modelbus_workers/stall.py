@@ -1,5 +1,5 @@
 """An engine that hangs while its process lives: found by its step counter, and the process ends, so that its node starts
-another.
+another. So it does when the engine says itself that it is broken.
 
 A thread looks, because what hangs may keep the event loop for itself. What keeps Python's interpreter lock for itself too
 is ended by ``faulthandler`` after twice the time; it needs no lock, and writes into the log where every thread stands.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from .engines.base import Engine
 from .execution import Execution
 from .job import EXIT_HUNG
 
@@ -36,10 +37,11 @@ class Sample(msgspec.Struct, frozen=True):
     steps: int  #: of the engine
     running: int  #: requests that the engine has
     reading: int  #: those of them that have no output yet
+    broken: str = ""  #: why the engine can serve nothing any more, in its own words
 
 
 class StallJudge:
-    """Decides whether an engine hangs. Pure: no clock, no threads.
+    """Decides whether an engine hangs or is broken. Pure: no clock, no threads.
 
     Args:
         stall_s: the time without a step.
@@ -59,6 +61,8 @@ class StallJudge:
             now: the newest sample that there is.
             passed_s: since the last look. A process that stood still as a whole must not count that as time.
         """
+        if now.broken:
+            return f"the engine is broken: {now.broken}"
         last, self._last = self._last, now
         self._loop_s = self._loop_s + passed_s if now.turn == last.turn else 0.0
         works = now.steps != last.steps or not now.running or not last.running
@@ -70,10 +74,11 @@ class StallJudge:
         return ""
 
 
-def sample_of(turn: int, steps: int, executions: Iterable[Execution]) -> Sample:
+def sample_of(turn: int, engine: Engine, executions: Iterable[Execution]) -> Sample:
     """What there is to see."""
     running = [execution for execution in executions if execution.state == "running"]
-    return Sample(turn, steps, len(running), sum(not execution.has_output for execution in running))
+    reading = sum(not execution.has_output for execution in running)
+    return Sample(turn, engine.steps, len(running), reading, engine.broken)
 
 
 class StallWatch:

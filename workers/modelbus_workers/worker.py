@@ -175,7 +175,7 @@ class Worker:
         watch = StallWatch(
             self.deployment.engine_stall_s if self._watched else 0.0,
             counts_steps=self.engine.counts_steps,
-            sample=lambda turn: sample_of(turn, self.engine.steps, self.executions.values()),
+            sample=lambda turn: sample_of(turn, self.engine, self.executions.values()),
             say=lambda why: self._spawn(self.set_state("draining", why)),
         )
         return [

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
-from modelbus_broker.errors import ConfigurationError, DeploymentFailed, EngineFailed, InvalidRequest, UnsupportedField
+from modelbus_broker.errors import (
+    ConfigurationError,
+    DeploymentFailed,
+    EngineFailed,
+    InvalidRequest,
+    UnsupportedField,
+    WorkerLost,
+)
 from modelbus_broker.messages import Adapter, Chat, ChatMessage, Completion, Sampling
 from modelbus_workers.engines.base import EngineConfig, Output
 from modelbus_workers.engines.vllm import VllmEngine
 from modelbus_workers.engines.vllm_model.last_words import cause
 
 from tests.helpers.smollm2 import smollm2
-from tests.workers.engines.contract import CHECKS, GREEDY, Check, ask, goes_on_anywhere, outputs_of
+from tests.workers.engines.contract import CHECKS, GREEDY, Check, ask, chat, goes_on_anywhere, outputs_of
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -293,3 +302,19 @@ async def test_the_last_error_that_says_a_reason_is_the_cause() -> None:
         "(EngineCore pid=1) ERROR 11-26 06:00:00 [core.py:1] ValueError: no memory left",
         "RuntimeError: Engine core initialization failed. See root cause above.",
     ]) == "ValueError: no memory left"  # fmt: skip
+
+
+async def test_a_dead_engine_core_fails_its_requests_for_other_workers_and_ends_this_one(engine: VllmEngine) -> None:
+    """The last one: nothing of the shared engine is left after it."""
+    assert engine.broken == ""
+    before = engine.steps
+    asking = asyncio.create_task(ask(engine, chat("Tell me a very long story.", max_tokens=400)))
+    while engine.steps == before:
+        await asyncio.sleep(0.05)
+    children = psutil.Process().children(recursive=True)
+    core = next(child for child in children if child.name().startswith("VLLM::EngineCo"))
+    core.kill()
+
+    with pytest.raises(WorkerLost, match="engine core has died"):
+        await asking
+    assert "died" in engine.broken

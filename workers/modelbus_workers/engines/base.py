@@ -149,6 +149,11 @@ class Engine(ABC):
     def slots(self) -> int:
         """How many requests it runs at once; known after ``start``."""
 
+    @property
+    def broken(self) -> str:
+        """Why it can serve nothing any more, in words; "" while it can. Its worker ends then, and another is started."""
+        return ""
+
     def compat(self) -> str:
         """What must be equal for another worker to go on from this one's tokens; "" if none can."""
         return ""

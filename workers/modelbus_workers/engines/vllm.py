@@ -90,6 +90,11 @@ class VllmEngine(Engine):
     def slots(self) -> int:
         return self.config.slots or self._running.slots
 
+    @property
+    def broken(self) -> str:
+        dead = self._loaded is not None and self._loaded.engine.errored
+        return "vLLM's engine core has died" if dead else ""
+
     def compat(self) -> str:
         return self._running.text.compat
 
