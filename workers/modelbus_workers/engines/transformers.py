@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Of embeddings, scores and classes.
-_VECTOR_SLOTS = 8
+#: Where requests at once share forward passes.
+_SHARED_SLOTS = 8
 
 
 class TransformersEngine(Engine):
@@ -134,7 +134,8 @@ class TransformersEngine(Engine):
 
     @property
     def slots(self) -> int:
-        own = 1 if self._text is not None else _VECTOR_SLOTS
+        alone = self._stepper is not None and not self._stepper.together
+        own = 1 if alone else _SHARED_SLOTS
         return self.config.slots or self._settings.slots or own
 
     @property

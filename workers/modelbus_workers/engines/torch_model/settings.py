@@ -30,7 +30,7 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     attn_implementation: str = ""
     #: runs Python code that lies in the model's folder
     trust_remote_code: bool = False
-    #: requests at once; 0: 1 for chat, 8 for embeddings, scores and classes
+    #: requests at once; 0: 8, or 1 where requests cannot share forward passes
     slots: int = 0
     #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
     num_threads: int = 0
