@@ -31,7 +31,7 @@ async def _rate(engine: TransformersEngine, at_once: int, tokens: int) -> float:
 
 async def measure(tokens: int) -> None:
     """Prints a line for each number of requests at once; prompts count as time, not as tokens."""
-    params = {"num_threads": "1", "dtype": "float32"}
+    params = {"num_threads": "1", "dtype": "float32", "continuous_batching": "true"}
     engine = TransformersEngine(EngineConfig(model="m", model_path=str(smollm2()), params=params, slots=8))
     await engine.start()
     assert engine._stepper is not None

@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[TransformersEngine]:
-    params = {"num_threads": "1", "dtype": "float32", "device": "cpu"}
+    params = {"num_threads": "1", "dtype": "float32", "device": "cpu", "continuous_batching": "true"}
     made = TransformersEngine(EngineConfig(model="m", model_path=str(smollm2()), params=params))
     await made.start()
     yield made
@@ -45,14 +45,15 @@ async def test_requests_that_join_and_leave_get_the_tokens_they_get_alone_in_few
         chat("Name a colour.", max_tokens=7, temperature=1.0, seed=3, n=2),
     ]
 
-    async def after(task: Chat, seconds: float) -> Answer:
-        await asyncio.sleep(seconds)
+    async def at(steps: int, task: Chat) -> Answer:
+        while engine.steps < steps:
+            await asyncio.sleep(0.001)
         return await ask(engine, task)
 
     begun = engine.steps
     alone = [await ask(engine, task) for task in tasks]
     between = engine.steps
-    together = await asyncio.gather(*(after(task, 0.3 * place) for place, task in enumerate(tasks)))
+    together = await asyncio.gather(*(at(between + 2 * place, task) for place, task in enumerate(tasks)))
 
     assert engine.slots == 8
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]

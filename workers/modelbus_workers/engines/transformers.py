@@ -95,7 +95,8 @@ class TransformersEngine(Engine):
         from .torch_model.generation import Stepper
 
         self._text = load_text_model(source, self._settings, device, len(self.config.gpus))
-        self._stepper = Stepper(self._text, copy.deepcopy(self._text.tokenizer), self._count_step)
+        tokenizer, together = copy.deepcopy(self._text.tokenizer), self._settings.continuous_batching
+        self._stepper = Stepper(self._text, tokenizer, self._count_step, together=together)
 
     def _count_step(self) -> None:
         self.steps += 1

@@ -35,7 +35,7 @@ class Decoder:
     joins or leaves. A sequence on its own has no padding and computes as if there were no batches.
     """
 
-    def __init__(self, model: Any, count_step: Callable[[], None]) -> None:
+    def __init__(self, model: Any, count_step: Callable[[], None], *, together: bool = True) -> None:
         self._model = model
         self._count_step = count_step
         parameters = inspect.signature(model.forward).parameters
@@ -45,7 +45,8 @@ class Decoder:
         self._lengths: list[int] = []
         self._cache: Any = None
         #: Whether sequences are read together; otherwise each is when its turn comes.
-        self.together = {"attention_mask", "position_ids"} <= set(parameters) and self._gives_the_same()
+        able = {"attention_mask", "position_ids"} <= set(parameters)
+        self.together = together and able and self._gives_the_same()
 
     def forward(self, tokens: list[int], cache: Any, *, every: bool = False) -> tuple[Tensor, Any]:
         """Float32 logits of one sequence, the last row or all, and the cache that has these tokens too."""

@@ -52,9 +52,12 @@ class Scores:
 class Stepper:
     """Turns work into outputs. Its iterators read prompts, and choose the tokens that ``read_wanted`` or they themselves read."""
 
-    def __init__(self, loaded: TextModel, tokenizer: Any, count_step: Callable[[], None]) -> None:
-        """``tokenizer`` belongs to the thread that runs the steps; ``count_step`` is called after each forward pass."""
-        self._decoder = Decoder(loaded.model, count_step)
+    def __init__(self, loaded: TextModel, tokenizer: Any, count_step: Callable[[], None], *, together: bool) -> None:
+        """``tokenizer`` belongs to the thread that runs the steps; ``count_step`` is called after each forward pass.
+
+        ``together``: one forward pass for all sequences, where the model allows that.
+        """
+        self._decoder = Decoder(loaded.model, count_step, together=together)
         self._tokenizer = tokenizer
         self._scores = Scores(tokenizer)
         self._piece = _CPU_PIECE if loaded.device == "cpu" else _GPU_PIECE
