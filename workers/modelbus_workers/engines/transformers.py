@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Of embeddings, scores and classes.
-_VECTOR_SLOTS = 8
+#: Where requests at once share forward passes.
+_SHARED_SLOTS = 8
 
 
 class TransformersEngine(Engine):
@@ -95,7 +95,8 @@ class TransformersEngine(Engine):
         from .torch_model.generation import Stepper
 
         self._text = load_text_model(source, self._settings, device, len(self.config.gpus))
-        self._stepper = Stepper(self._text, copy.deepcopy(self._text.tokenizer), self._count_step)
+        tokenizer, together = copy.deepcopy(self._text.tokenizer), self._settings.continuous_batching
+        self._stepper = Stepper(self._text, tokenizer, self._count_step, together=together)
 
     def _count_step(self) -> None:
         self.steps += 1
@@ -134,7 +135,8 @@ class TransformersEngine(Engine):
 
     @property
     def slots(self) -> int:
-        own = 1 if self._text is not None else _VECTOR_SLOTS
+        alone = self._stepper is not None and not self._stepper.together
+        own = 1 if alone else _SHARED_SLOTS
         return self.config.slots or self._settings.slots or own
 
     @property

@@ -1,17 +1,15 @@
-"""The steps of one request: its prompt is read in pieces, then every step makes one token of one choice."""
+"""The steps of one request: its prompt is read in pieces, then every step makes one token of each choice."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from modelbus_broker.errors import EngineFailed
 from modelbus_broker.messages import TokenLogprob, TopLogprob
 
 from ..base import Output
+from .batch import Decoder, Row
 from .choice import Choice
 from .loading import TextModel
 from .sampling import Sampler
@@ -52,20 +50,29 @@ class Scores:
 
 
 class Stepper:
-    """Turns work into outputs. Every item of its iterators is one forward pass of the model, or none."""
+    """Turns work into outputs. Its iterators read prompts, and choose the tokens that ``read_wanted`` or they themselves read."""
 
-    def __init__(self, loaded: TextModel, tokenizer: Any, count_step: Callable[[], None]) -> None:
-        """``tokenizer`` belongs to the thread that runs the steps; ``count_step`` is called after each forward pass."""
-        self._count_step = count_step
-        self._model = loaded.model
-        self._device = loaded.model.device
+    def __init__(self, loaded: TextModel, tokenizer: Any, count_step: Callable[[], None], *, together: bool) -> None:
+        """``tokenizer`` belongs to the thread that runs the steps; ``count_step`` is called after each forward pass.
+
+        ``together``: one forward pass for all sequences, where the model allows that.
+        """
+        self._decoder = Decoder(loaded.model, count_step, together=together)
         self._tokenizer = tokenizer
         self._scores = Scores(tokenizer)
         self._piece = _CPU_PIECE if loaded.device == "cpu" else _GPU_PIECE
-        self._keeps_logits = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+
+    @property
+    def together(self) -> bool:
+        """Whether requests side by side share forward passes."""
+        return self._decoder.together
+
+    def read_wanted(self) -> None:
+        """One forward pass for all sequences that wait for one; call it before each round of the iterators."""
+        self._decoder.step()
 
     def answer(self, work: Work) -> Iterator[list[Output]]:
-        """Runs one request: the prompts one after the other, the choices of a prompt in turns."""
+        """Runs one request: the prompts one after the other, the choices of a prompt side by side."""
         for number in range(len(work.prompts)):
             yield from self._answer_prompt(work, number)
 
@@ -77,7 +84,7 @@ class Stepper:
         piece = self._piece if logprobs is None else _SCORED_PIECE
         for start in range(0, len(prompt), piece):
             part = prompt[start : start + piece]
-            rows, cache = self._forward(part, cache, every=logprobs is not None)
+            rows, cache = self._decoder.forward(part, cache, every=logprobs is not None)
             if logprobs is not None:
                 following = prompt[start + 1 : start + 1 + len(part)]
                 scores += [self._scores.of(row, token, logprobs) for row, token in zip(rows, following, strict=False)]
@@ -85,20 +92,20 @@ class Stepper:
             del rows
             yield []
         assert logits is not None
-        turns: deque[Iterator[list[Output]]] = deque()
+        turns: list[Iterator[list[Output]]] = []
         for index in range(number * work.n, (number + 1) * work.n):
             choice = Choice(work, number, index, self._tokenizer)
             sampler = Sampler(work.plan, index, prompt, logits, choice.constraint)
             # The last choice takes the cache itself, the others a copy.
             own = cache if len(turns) == work.n - 1 else copy.deepcopy(cache)
             turns.append(self._go_on(work, index, choice, choice.begin(scores), sampler, own, logits))
-        del cache, logits
+        del cache, own, logits
         while turns:
-            steps = turns.popleft()
-            outputs = next(steps, None)
-            if outputs is not None:
-                turns.append(steps)
-                yield outputs
+            # A token of each choice, so that all of them want their next one at once.
+            outputs = [(steps, next(steps, None)) for steps in turns]
+            turns = [steps for steps, output in outputs if output is not None]
+            if turns:
+                yield [one for _, output in outputs for one in output or ()]
 
     def _go_on(
         self, work: Work, index: int, choice: Choice, first: Output, sampler: Sampler, cache: Any, logits: Tensor
@@ -110,33 +117,25 @@ class Stepper:
         before, alternatives = work.before(index), work.plan.logprobs
         sampler.replay(before)
         for start in range(0, len(before), self._piece):
-            rows, cache = self._forward(before[start : start + self._piece], cache)
+            rows, cache = self._decoder.forward(before[start : start + self._piece], cache)
             logits = rows[-1]
             yield []
-        while True:
-            token = sampler.choose(logits)
-            sampler.count(token)
-            score = None
-            if alternatives is not None:
-                held = logits if choice.constraint is None else choice.constraint.held(logits)
-                score = self._scores.of(held, token, alternatives)
-            yield [choice.take(token, score)]
-            if choice.finish:
-                return
-            rows, cache = self._forward([token], cache)
-            logits = rows[-1]
-
-    def _forward(self, tokens: list[int], cache: Any, *, every: bool = False) -> tuple[Tensor, Any]:
-        """Rows of float32 logits, the last one or all, and the cache that has these tokens too."""
-        import torch
-
-        options = {} if every or not self._keeps_logits else {"logits_to_keep": 1}
-        if cache is not None:
-            options["past_key_values"] = cache
-        ids = torch.tensor([tokens], device=self._device)
-        answer = self._model(input_ids=ids, use_cache=True, **options)
-        self._count_step()
-        cache = getattr(answer, "past_key_values", None)
-        if cache is None:
-            raise EngineFailed(f"{type(self._model).__name__} has no key-value cache, so this engine cannot run it")
-        return answer.logits[0].float(), cache
+        row = Row(cache)
+        del cache
+        try:
+            while True:
+                token = sampler.choose(logits)
+                sampler.count(token)
+                score = None
+                if alternatives is not None:
+                    held = logits if choice.constraint is None else choice.constraint.held(logits)
+                    score = self._scores.of(held, token, alternatives)
+                output = choice.take(token, score)
+                if not choice.finish:
+                    self._decoder.want(row, token)
+                yield [output]
+                if choice.finish:
+                    return
+                logits = self._decoder.logits(row)
+        finally:
+            self._decoder.leave(row)

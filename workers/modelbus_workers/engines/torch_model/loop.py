@@ -1,4 +1,4 @@
-"""The thread that runs all requests: one step of each in turn, and one wake-up of the event loop per round."""
+"""The thread that runs all requests: one forward pass for all, a step of each in turn, and one wake-up of the event loop per round."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ class GenerationLoop:
         return True
 
     def _round(self) -> None:
+        self._stepper.read_wanted()
         ready: list[tuple[_Request, _Item]] = []
         for request in list(self._running):
             item = self._step(request)

@@ -30,8 +30,10 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     attn_implementation: str = ""
     #: runs Python code that lies in the model's folder
     trust_remote_code: bool = False
-    #: requests at once; 0: 1 for chat, 8 for embeddings, scores and classes
+    #: requests at once; 0: 8, or 1 where requests do not share forward passes
     slots: int = 0
+    #: one forward pass for all requests; else each has its own, and feels nothing of the others, not in the last bit
+    continuous_batching: bool = False
     #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
     num_threads: int = 0
     #: how the model writes tool calls; auto: what its chat template shows
