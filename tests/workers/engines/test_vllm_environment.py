@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.smollm2 import smollm2
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -17,6 +19,7 @@ def test_the_vllm_engine_passes_its_tests_in_its_own_environment() -> None:
     if not python.exists():
         pytest.skip("there is no .venv-vllm: make vllm-setup")
 
+    smollm2()  # made here: that environment cannot read the package's GGUF
     # What pytest says of its own run is not for the one inside.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     # vLLM leaves a socket's context behind when it cannot start; pytest hears of it after the last test.
