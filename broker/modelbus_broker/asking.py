@@ -12,6 +12,7 @@ import msgspec
 from . import names
 from .errors import ModelNotFound, ModelUnavailable, QueueFull
 from .messages import (
+    Adapter,
     Chat,
     ChatMessage,
     Classification,
@@ -44,6 +45,7 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     id: str = ""  #: of the request, where it was given out before; "": a new one
     view: str = ""  #: see ``Request.view``
     answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
+    adapter: Adapter | None = None  #: weights to lay over the model's; engines without ``adapters`` refuse it
     outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
 
 
@@ -124,4 +126,5 @@ def make_request(
         publisher=publisher if options.id and names.publisher_of(options.id) != publisher else "",
         view=options.view,
         answer_kept_s=options.answer_kept_s,
+        adapter=options.adapter,
     )

@@ -22,7 +22,7 @@ class BlobRef(Message, frozen=True, kw_only=True):
 
 
 class Adapter(Message, frozen=True, kw_only=True):
-    """Weights that are laid over the model's own for one request (LoRA). Clients ask for ``model:name``."""
+    """Weights that are laid over the model's own for one request (LoRA)."""
 
     name: str
     path: str  #: a folder on the worker's host, or what its engine takes for one

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from modelbus_broker.errors import ContextLengthExceeded
+from modelbus_broker.errors import ContextLengthExceeded, UnsupportedField
 from modelbus_broker.messages import (
+    Adapter,
     Chat,
     ChatMessage,
     Classification,
@@ -321,6 +322,14 @@ async def check_what_does_not_fit_is_refused_with_the_numbers(engine: Engine) ->
     assert (await ask(engine, chat(QUESTION, max_tokens=2))).reasons == {0: "length"}
 
 
+async def check_an_adapter_is_refused_where_there_are_none(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or capabilities.adapters:
+        return
+    with pytest.raises(UnsupportedField, match="adapter"):
+        await ask(engine, chat(QUESTION, max_tokens=2), adapter=Adapter(name="a", path="/nowhere"))
+
+
 async def check_an_answer_cut_anywhere_goes_on(engine: Engine) -> None:
     capabilities = engine.capabilities()
     if "chat" not in capabilities.tasks or not capabilities.can_continue:
@@ -352,5 +361,6 @@ CHECKS: list[Check] = [
     check_each_document_has_its_score,
     check_each_text_has_its_probabilities,
     check_what_does_not_fit_is_refused_with_the_numbers,
+    check_an_adapter_is_refused_where_there_are_none,
     check_an_answer_cut_anywhere_goes_on,
 ]

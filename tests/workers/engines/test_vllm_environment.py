@@ -26,7 +26,7 @@ def test_the_vllm_engine_passes_its_tests_in_its_own_environment() -> None:
     ignored = ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
     run = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored, "tests/workers/engines/test_vllm.py"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=840,
     )  # fmt: skip
 
     assert run.returncode == 0, run.stdout[-20_000:]

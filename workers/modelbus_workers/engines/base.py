@@ -120,6 +120,8 @@ class Engine(ABC):
     #: Whether ``steps`` grows all the time while requests run, whatever they wait for. An engine that says so and then
     #: makes no step for ``engine_stall_s`` hangs, and its worker ends itself so that another is started.
     counts_steps: ClassVar[bool] = False
+    #: What a deployment must say so that requests may name adapters, for the error text: ": it needs ...".
+    adapters_need: ClassVar[str] = ""
     #: Names of parameters whose values are secrets: sealed on the bus, masked wherever they are shown.
     secrets: ClassVar[frozenset[str]] = frozenset({"api_key", "token", "secret_key", "access_token", "password"})
 
@@ -166,7 +168,15 @@ class Engine(ABC):
             pass
 
     def answer(self, task: Task, run: Run) -> AsyncIterator[EngineOutput]:
-        """The answer to any task, by the method of its kind."""
+        """The answer to any task, by the method of its kind.
+
+        Raises:
+            UnsupportedField: the request names an adapter and the engine takes none.
+        """
+        if run.adapter is not None and not self.capabilities().adapters:
+            raise UnsupportedField(
+                f"model {self.config.model!r} takes no adapters{self.adapters_need}", param="adapter"
+            )
         match task:
             case Chat():
                 return self.chat(task, run)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
-from modelbus_broker.errors import UnsupportedField
 from modelbus_broker.messages import Capabilities, Chat, Completion, Sampling, Usage
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Prompt, Run
@@ -35,6 +34,7 @@ class VllmEngine(Engine):
     name: ClassVar[str] = "vllm"
     needs: ClassVar[tuple[str, ...]] = ("vllm", "torch", "transformers")
     extra: ClassVar[str] = "vllm"
+    adapters_need: ClassVar[str] = ": it needs enable_lora"
     secrets: ClassVar[frozenset[str]] = Engine.secrets | {"hf_token"}
 
     def __init__(self, config: EngineConfig) -> None:
@@ -150,8 +150,6 @@ class VllmEngine(Engine):
 
         loaded = self._running
         text = loaded.text
-        if run.adapter is not None and not loaded.adapters:
-            raise UnsupportedField("this deployment takes no adapters: it needs enable_lora", param="model")
         check_logprobs(sampling.logprobs, loaded.max_logprobs, "logprobs")
         work = Work(
             prompts=prompts,

@@ -106,7 +106,7 @@ async def _requested(
 
     prompt = TokensPrompt(prompt_token_ids=work.prompts[number] + work.before(index))
     name = f"{work.request_id}-{index}-{next(_numbers)}"
-    lora = lora_request(adapter, loaded.adapters)
+    lora = lora_request(adapter)
     try:
         async with aclosing(loaded.engine.generate(prompt, params, name, lora_request=lora)) as parts:
             async for part in parts:

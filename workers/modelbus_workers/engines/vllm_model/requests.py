@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from modelbus_broker.errors import EngineFailed, InvalidRequest, UnsupportedField
+from modelbus_broker.errors import EngineFailed, InvalidRequest
 from modelbus_broker.messages import Adapter
 
 from ..torch_model.answer_form import AnswerForm
@@ -142,16 +142,10 @@ def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_lo
         raise InvalidRequest(str(error), param="structured_outputs" if form else "") from error
 
 
-def lora_request(adapter: Adapter | None, known: bool) -> Any:
-    """vLLM's word for a request's adapter; None if it names none.
-
-    Raises:
-        UnsupportedField: the deployment has no adapters.
-    """
+def lora_request(adapter: Adapter | None) -> Any:
+    """vLLM's word for a request's adapter; None if it names none."""
     if adapter is None:
         return None
-    if not known:
-        raise UnsupportedField("this deployment takes no adapters: it needs enable_lora", param="model")
     from vllm.lora.request import LoRARequest
 
     # Adapters are told apart by this number: the same one for the same adapter in all requests.
