@@ -22,8 +22,10 @@ from .messages import (
     Request,
     Sampling,
     Score,
+    Storage,
     Task,
 )
+from .messages.search import ListStores
 from .registry import Registry
 
 DAY_MS = 24 * 3600 * 1000
@@ -46,6 +48,8 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     view: str = ""  #: see ``Request.view``
     answer_kept_s: int = 0  #: see ``Request.answer_kept_s``
     adapter: Adapter | None = None  #: weights to lay over the model's; engines without ``adapters`` refuse it
+    labels: dict[str, str] = {}  #: see ``Request.labels``
+    detached: bool = False  #: see ``Request.detached``; jobs.py sets it
     outlives: bool = False  #: a reader that leaves may come back: the request goes on for ``orphan_grace_s``
 
 
@@ -62,6 +66,8 @@ def smallest_task(tasks: Collection[str]) -> Task | None:
         return Score(queries=["Hello"], documents=["Hello"])
     if "classification" in tasks:
         return Classification(input=["Hello"])
+    if "storage" in tasks:
+        return Storage(operation=ListStores())
     return None
 
 
@@ -87,7 +93,7 @@ def check_room(
         )
     if all(deployment.closing for deployment in deployments) and not options.revision:
         raise ModelNotFound(f"the model {model!r} is being undeployed and takes no new requests", param="model")
-    if options.wait or options.background or registry.is_served(model):
+    if options.wait or options.background or options.detached or registry.is_served(model):
         return
     if any(deployment.wait_until_ms > time.time() * 1000 for deployment in deployments):
         return
@@ -106,7 +112,7 @@ def make_request(
     deployment = deployments[0]
     budget_ms = options.budget_ms
     if not budget_ms:
-        budget_ms = DAY_MS if options.lane == "lo" or options.background else deployment.budget_ms
+        budget_ms = DAY_MS if options.lane == "lo" or options.background or options.detached else deployment.budget_ms
     return Request(
         id=options.id or names.new_request_id(publisher),
         model=model,
@@ -118,13 +124,20 @@ def make_request(
         tenant=options.tenant,
         revision=options.revision,
         idempotency_key=options.idempotency_key,
-        background=options.background,
+        background=options.background or options.detached,
         stream=options.stream,
         traceparent=options.traceparent,
         tracestate=options.tracestate,
         fail_fast=deployment.replicas > 1 or len(deployments) > 1,
-        publisher=publisher if options.id and names.publisher_of(options.id) != publisher else "",
+        publisher=publisher if options.id and not _names(options, publisher) else "",
         view=options.view,
         answer_kept_s=options.answer_kept_s,
         adapter=options.adapter,
+        labels=options.labels,
+        detached=options.detached,
     )
+
+
+def _names(options: CallOptions, publisher: str) -> bool:
+    """Whether the id that was given out before says all there is to say about who waits for the answer."""
+    return options.detached or names.publisher_of(options.id) == publisher

@@ -18,7 +18,6 @@ import msgspec
 
 from . import names
 from .blobs import get_blob
-from .buckets import Bucket
 from .calls import Call
 from .connection import Msg, NoResponders
 from .errors import (
@@ -30,6 +29,7 @@ from .errors import (
     StreamNotResumable,
 )
 from .history import History, Seen, covers, stand_ins
+from .kept import frames_of, read_kept
 from .messages import (
     Accepted,
     Adopt,
@@ -43,7 +43,6 @@ from .messages import (
     decode_found,
     decode_frames,
     decode_held,
-    decode_kept_answer,
     decode_request,
     encode,
 )
@@ -354,14 +353,11 @@ class _Pursuit:
 
     async def _read_kept(self) -> bool:
         """Reads the answer that its worker has kept. False: there is none."""
-        entry = await Bucket(self._bus, names.BUCKET_ANSWERS).get(self._id)
-        if entry is None or entry.deleted:
+        if (kept := await read_kept(self._bus, self._id)) is None:
             return False
-        kept = decode_kept_answer(entry.value)
         if kept.lost:
             raise AnswerNotKept(f"the request was answered, but its answer was not kept: {kept.lost}")
-        frames = await get_blob(self._bus, kept.blob) if kept.blob is not None else kept.frames
-        self._history.add(decode_frames(frames))
+        self._history.add(await frames_of(self._bus, kept))
         return True
 
     async def _read_all_frames(self) -> None:
@@ -427,6 +423,8 @@ class _Pursuit:
     async def _adopt(self, found: FoundRun) -> bool:
         """Takes a run over. False when its worker has lost it meanwhile, or has given it to somebody else."""
         run, request = found.state.run, found.request
+        # An earlier call of it may be over here: from now on the worker does not hear that nobody needs the frames.
+        self._publisher.moving.expect(self._id)
         earlier, own = await self._earlier(found), await self._beginning(found)
         adopt = Adopt(id=self._id, run=run, publisher=self._publisher.id, of=found.publisher, seq=_NO_FRAMES)
         try:
@@ -515,7 +513,7 @@ class _Pursuit:
         self.call.take_over(request, [f for f in frames if not isinstance(f, Failed)], accepted, len(own))
         self._take_place()
         handed_over = isinstance(last, Failed) and last.handover
-        self._publisher.give_up_run(
+        self._publisher.following.give_up_run(
             self.call, f"the worker of run {self._seen.run} does not answer", handover=handed_over
         )
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -19,6 +19,7 @@ import msgspec
 from . import names
 from .connection import Bus, JetStreamError, Msg, NoResponders
 from .errors import BusUnavailable, Conflict
+from .reading import read_stream
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,20 @@ class Bucket:
             if error.err_code in _WRONG_LAST_SEQUENCE:
                 raise Conflict(f"{self.name}/{key} was changed meanwhile") from error
             raise
+
+    async def under(self, pattern: str) -> AsyncIterator[tuple[str, Entry]]:
+        """Keys that match a pattern, with what they hold, in the order in which they were written last; however many.
+
+        Args:
+            pattern: of keys: ``*`` stands for a token, ``>`` for the rest. Empty values count as deleted.
+
+        Raises:
+            BusUnavailable: the bucket does not answer.
+        """
+        prefix, subject = f"$KV.{self.name}.", names.bucket_subject(self.name, pattern)
+        async for message in read_stream(self.bus, names.bucket_stream(self.name), subject, batch=1000):
+            if message.data:
+                yield message.subject.removeprefix(prefix), Entry(message.data, message.seq)
 
     async def all(self) -> dict[str, Entry]:
         """Every key's last entry, markers included, read in one batch.

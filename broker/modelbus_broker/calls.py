@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from .errors import ModelBusError, RequestCancelled, error_of
 from .failover import Progress, RunEnd
-from .messages import Accepted, Delta, Done, Failed, Frame, Request, Started, Vectors
+from .messages import Accepted, Delta, Document, Done, Failed, Frame, Request, Started, Vectors
 from .reception import Reception, Verdict
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Restarted:
 
 
 #: What a reader of a call gets.
-Answer = Started | Delta | Vectors | Done | Restarted
+Answer = Started | Delta | Vectors | Document | Done | Restarted
 
 #: Bytes of frames that wait for a slow reader; what comes beyond is dropped and read again from the worker's ring.
 WAITING_LIMIT = 1 << 20
@@ -114,10 +114,10 @@ class Call:
             self.over = True
             self._publisher.ended(self)
         elif type(frame) is Failed:
-            self._publisher.run_failed(self, frame)
+            self._publisher.following.failed(self, frame)
             return
         else:
-            assert type(frame) is Vectors
+            assert type(frame) is Vectors or type(frame) is Document
             self.delivered = True
         self._frames.append(frame)
         self._bytes += size
@@ -197,7 +197,7 @@ class Call:
                 case Delta():
                     self._remember(frame)
                     self.delivered = True
-                case Vectors():
+                case Vectors() | Document():
                     self.delivered = True
                 case Started():
                     self.engine_started |= frame.run == self.reception.run

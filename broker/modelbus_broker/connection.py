@@ -17,6 +17,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from . import websockets  # noqa: F401  # isort: skip  # before nats-py
+
 import msgspec
 import nats.aio.subscription
 import nats.errors
@@ -54,6 +56,11 @@ class JetStreamError(ModelBusError):
     def __init__(self, description: str, err_code: int, status: int) -> None:
         super().__init__(f"{description} (JetStream error {err_code})", status=status)
         self.err_code = err_code
+
+    @property
+    def full(self) -> bool:
+        """A stream is at its limit of messages or bytes, or there is no room for it."""
+        return self.err_code in (10077, 10122, 10054, 10047)
 
 
 class Subscription:

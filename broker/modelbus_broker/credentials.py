@@ -37,9 +37,17 @@ _REGISTRY = (
     names.BUCKET_NODES,
     names.BUCKET_RUNS,
     names.BUCKET_ANSWERS,
+    names.BUCKET_ADAPTERS,
 )
 #: What only clients read: a worker has no business with API keys.
-_CLIENT_BUCKETS = (names.BUCKET_ALIASES, names.BUCKET_KEYS, names.BUCKET_IDEMPOTENCY)
+_CLIENT_BUCKETS = (
+    names.BUCKET_ALIASES,
+    names.BUCKET_KEYS,
+    names.BUCKET_IDEMPOTENCY,
+    names.BUCKET_JOBS,
+    names.BUCKET_FILES,
+    names.BUCKET_VECTOR_STORES,
+)
 
 
 class Credential(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,8 +199,9 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 "mb.gw.*",
                 names.USAGE,
                 "mb.dead.>",
+                names.FIND,  # whether another worker runs a job that was delivered twice
                 # Answers to probes, to mb.find and mb.logs. The random inbox is the capability; none can be listened to.
-                *_inboxes("admin", "client"),
+                *_inboxes("admin", "client", "worker"),
             ]
             return publish, [
                 f"{inbox_prefix(role)}.>",
@@ -221,11 +230,21 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
                 f"$JS.API.CONSUMER.CREATE.{names.STREAM_RE}.*.mb.re.*.*",
                 *_reads((*_REGISTRY, *_CLIENT_BUCKETS)),
                 *_reads_blobs(),
+                *_reads_blobs(names.FILES),
+                f"$O.{names.FILES}.>",
+                f"$JS.API.STREAM.PURGE.{names.object_stream(names.FILES)}",  # deleting a file
+                f"$KV.{names.BUCKET_FILES}.>",
+                f"$KV.{names.BUCKET_VECTOR_STORES}.>",
+                names.INDEXING,
+                f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM_INDEXING}.{names.INDEXERS}",
+                *_acks(names.STREAM_INDEXING),
                 f"$JS.API.DIRECT.GET.{names.STREAM_OUT}",
                 f"$JS.API.DIRECT.GET.{names.STREAM_OUT}.>",
                 f"$O.{names.BLOBS}.>",
                 f"$KV.{names.BUCKET_RUNS}.>",
                 f"$KV.{names.BUCKET_IDEMPOTENCY}.>",
+                f"$KV.{names.BUCKET_JOBS}.>",
+                f"$KV.{names.BUCKET_ANSWERS}.>",  # where a cancelled job is said to be that
                 # Answers to alive messages, to publishers that take a request over, and to whoever cancels one.
                 *_inboxes("admin", "client", "worker"),
             ]
@@ -238,9 +257,9 @@ def _permissions(role: Role) -> tuple[list[str], list[str]]:
             ]
 
 
-def _acks() -> list[str]:
+def _acks(*streams: str) -> list[str]:
     """Both forms of the ack subject: servers may put domain and account before the stream."""
-    return [form for stream in _QUEUES for form in (f"$JS.ACK.{stream}.>", f"$JS.ACK.*.*.{stream}.>")]
+    return [form for stream in streams or _QUEUES for form in (f"$JS.ACK.{stream}.>", f"$JS.ACK.*.*.{stream}.>")]
 
 
 def _reads(buckets: Sequence[str]) -> list[str]:
@@ -256,8 +275,9 @@ def _reads(buckets: Sequence[str]) -> list[str]:
     ]
 
 
-def _reads_blobs() -> list[str]:
-    return [f"$JS.API.DIRECT.GET.OBJ_{names.BLOBS}", f"$JS.API.DIRECT.GET.OBJ_{names.BLOBS}.>"]
+def _reads_blobs(bucket: str = names.BLOBS) -> list[str]:
+    stream = names.object_stream(bucket)
+    return [f"$JS.API.DIRECT.GET.{stream}", f"$JS.API.DIRECT.GET.{stream}.>"]
 
 
 def _inboxes(*roles: Role) -> list[str]:

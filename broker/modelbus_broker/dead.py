@@ -15,9 +15,11 @@ import msgspec
 from . import names
 from .asking import CallOptions
 from .blobs import get_blob, get_chunks, put_chunks
+from .buckets import Bucket
 from .calls import Call
 from .connection import Bus
 from .errors import InvalidRequest, ModelNotFound, NotFound
+from .jobs import keep_error
 from .messages import DeadLetter, Request, decode_dead_letter, decode_request, decode_task, encode
 from .publisher import Publisher
 from .reading import Stored, read_batch, read_stream
@@ -105,6 +107,10 @@ async def _bury_undeployed(bus: Bus, model: str, stream: str, message: Stored) -
         return await bury(bus, letter, None, message_id=message_id)
     letter = letter_of(request, message.data, message.subject, reason="undeployed", detail=why)
     await bury(bus, letter, request, message_id=message_id)
+    if request.detached:
+        answers = Bucket(bus, names.BUCKET_ANSWERS)
+        await keep_error(answers, request.id, ModelNotFound(why), kept_s=request.answer_kept_s)
+        return
     # No worker has this run: a first frame under a name of our own makes it the one that counts.
     run = names.run_name(request.attempt, 1, UNDEPLOYED)
     frame = ModelNotFound(why).failed(id=request.id, run=run, seq=0)
@@ -191,5 +197,5 @@ async def replay(publisher: Publisher, stored: StoredLetter) -> Call:
     """
     request = await request_of(publisher.bus, stored.letter)
     assert request.task is not None
-    options = CallOptions(lane="lo", tenant=request.tenant, wait=True, stream=request.stream)
+    options = CallOptions(lane="lo", tenant=request.tenant, wait=True, stream=request.stream, adapter=request.adapter)
     return await publisher.submit(request.model, request.task, options)

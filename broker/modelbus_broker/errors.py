@@ -3,10 +3,13 @@
 ModelBusError
 ├── InvalidRequest                 400 invalid_request
 │   ├── UnsupportedField           400 unsupported_field
+│   │   └── UnsupportedHere        400 unsupported_here
+│   ├── PromptError                400 prompt_error
 │   └── ContextLengthExceeded      400 context_length_exceeded
 ├── AuthenticationFailed           401 invalid_api_key
 ├── ModelNotFound                  404 model_not_found
 ├── NotFound                       404 not_found
+│   └── NotRecorded                404 not_recorded
 ├── Conflict                       409 conflict
 ├── KeyReused                      409 idempotency_key_reused
 ├── StreamMoved                    409 stream_moved
@@ -16,13 +19,16 @@ ModelBusError
 ├── QueueFull                      429 queue_full
 ├── RequestCancelled               499 request_cancelled
 ├── EngineFailed                   500 engine_failed
+├── TooManyRounds                  500 too_many_rounds
 ├── PoisonRequest                  500 poison_request
 ├── UpstreamFailed                 502 upstream_failed
+├── OutputError                    502 invalid_output
 ├── WorkerLost                     502 worker_lost
 ├── StreamCut                      502 stream_cut
 ├── ModelUnavailable               503 model_unavailable
 ├── BusUnavailable                 503 bus_unavailable
 ├── GatewayStopping                503 gateway_stopping
+├── AdapterUnavailable             503 adapter_unavailable
 ├── DeadlineExceeded               504 deadline_exceeded
 ├── DeploymentFailed               500 deployment_failed
 │   └── NoRoom                     503 no_room
@@ -34,7 +40,8 @@ ModelBusError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from .messages.publisher import Failed, Usage
 
@@ -100,10 +107,22 @@ class UnsupportedField(InvalidRequest):
     code = "unsupported_field"
 
 
+class UnsupportedHere(UnsupportedField):
+    """This worker cannot do what a field asks for; another worker of the model may."""
+
+    code, retryable = "unsupported_here", True
+
+
 class ContextLengthExceeded(InvalidRequest):
     """The prompt and the output asked for do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class PromptError(InvalidRequest):
+    """A prompt function is declared or called in a way that no prompt can be made of."""
+
+    code = "prompt_error"
 
 
 class AuthenticationFailed(ModelBusError):
@@ -122,6 +141,12 @@ class NotFound(ModelBusError):
     """There is nothing of this name."""
 
     code, default_status = "not_found", 404
+
+
+class NotRecorded(NotFound):
+    """A replay was asked for something that was not asked when it was recorded."""
+
+    code = "not_recorded"
 
 
 class Conflict(ModelBusError):
@@ -178,6 +203,22 @@ class EngineFailed(ModelBusError):
     code, default_status = "engine_failed", 500
 
 
+class TooManyRounds(ModelBusError):
+    """The model went on calling tools after as many rounds as it may have.
+
+    Attributes:
+        rounds: of calls that were made.
+        run: what has come of them, a ``modelbus.tools.ToolRun``.
+    """
+
+    code = "too_many_rounds"
+
+    def __init__(self, message: str = "", *, rounds: int = 0, run: object = None, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.rounds = rounds
+        self.run = run
+
+
 class PoisonRequest(ModelBusError):
     """The request ended its workers too often and lies with the dead letters now."""
 
@@ -188,6 +229,26 @@ class UpstreamFailed(ModelBusError):
     """The provider answered with an error; its own words are in ``upstream``."""
 
     code, default_status, retryable = "upstream_failed", 502, True
+
+
+class OutputError(ModelBusError):
+    """The model's answer has not the form that was asked for.
+
+    Attributes:
+        raw: what the model wrote last; over the bus it travels as ``upstream``.
+        problems: what is wrong with it, each with the place where.
+    """
+
+    code, default_status = "invalid_output", 502
+
+    def __init__(self, message: str = "", *, raw: str = "", problems: Sequence[str] = (), **more: Any) -> None:
+        more.setdefault("upstream", raw)
+        super().__init__(message, **more)
+        self.problems = list(problems)
+
+    @property
+    def raw(self) -> str:
+        return self.upstream
 
 
 class WorkerLost(ModelBusError):
@@ -212,6 +273,12 @@ class BusUnavailable(ModelBusError):
     """The bus cannot be reached. `modelbus start --head` starts one on this host."""
 
     code, default_status, retryable = "bus_unavailable", 503, True
+
+
+class AdapterUnavailable(ModelBusError):
+    """A worker cannot use the adapter that the request names; another one may."""
+
+    code, default_status, retryable = "adapter_unavailable", 503, True
 
 
 class GatewayStopping(ModelBusError):

@@ -9,6 +9,7 @@
 | ``mb.ctl.<worker or publisher>`` | control messages |
 | ``mb.ctl.workers`` | control messages for all workers |
 | ``mb.find`` | who runs this id? |
+| ``mb.indexing`` | files of vector stores that a gateway shall read, cut and embed |
 | ``mb.dead.<model>`` | dead letters; a large body lies one token below |
 
 A subject token has no dots, blanks or wildcards, so a model's name becomes a slug plus a hash of the name:
@@ -31,8 +32,13 @@ LANE_STREAMS = {"re": STREAM_RE, "hi": STREAM_HI, "lo": STREAM_LO}
 BUCKET_DEPLOYMENTS, BUCKET_CLAIMS, BUCKET_FAILURES = "deployments", "claims", "failures"
 BUCKET_WORKERS, BUCKET_NODES = "workers", "nodes"
 BUCKET_RUNS, BUCKET_ANSWERS, BUCKET_IDEMPOTENCY = "runs", "answers", "idempotency"
+BUCKET_JOBS = "jobs"
 BUCKET_KEYS, BUCKET_ALIASES = "keys", "aliases"
-BLOBS = "blobs"
+BUCKET_ADAPTERS = "adapters"
+BUCKET_FILES, BUCKET_VECTOR_STORES = "files", "vector_stores"
+BLOBS, FILES = "blobs", "files"
+#: Files of vector stores that are to be read, cut and embedded.
+STREAM_INDEXING, INDEXING, INDEXERS = "MB_INDEXING", "mb.indexing", "indexers"
 
 #: The one priority group of every consumer; every pull names it.
 GROUP = "mb"
@@ -124,12 +130,17 @@ def claim_key(deployment: str, replica: int) -> str:
     return f"{deployment_key(deployment)}.{replica}"
 
 
+def adapter_key(model: str, adapter: str) -> str:
+    return f"{model_token(model)}.{model_token(adapter)}"
+
+
 def failure_key(deployment: str, revision: str, node: str) -> str:
     return f"{deployment_key(deployment)}.{revision}.{node}"
 
 
 def new_publisher_id(kind: str) -> str:
-    """A publisher's id: ``g...`` for a gateway, ``s...`` for an SDK process; 60 random bits."""
+    """A publisher's id: ``g...`` for a gateway, ``s...`` for an SDK process, ``j...`` for jobs, for which nobody
+    listens; 60 random bits."""
     return kind[0] + random_token(12)
 
 
@@ -173,6 +184,16 @@ def parse_run(run: str) -> tuple[int, int, str]:
 def run_key(request_id: str, run: str) -> str:
     """One execution among those of all requests: a run's name alone repeats from request to request."""
     return f"{request_id}/{run}"
+
+
+def object_stream(bucket: str) -> str:
+    """The stream of an object bucket."""
+    return f"OBJ_{bucket}"
+
+
+def object_subject(bucket: str, name: str) -> str:
+    """Where the chunks of an object lie."""
+    return f"$O.{bucket}.C.{name}"
 
 
 def answer_blob(request_id: str) -> str:

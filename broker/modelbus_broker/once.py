@@ -98,7 +98,7 @@ class Once:
         asked: Request = self._publisher.describe(model, task, msgspec.structs.replace(options, id=request_id))
         try:
             call = await self._attaching.take_up(
-                request_id, model=model, asked=asked, streams=options.stream, if_unread=True
+                request_id, model=asked.model, asked=asked, streams=options.stream, if_unread=True
             )
         except AnswerNotKept:
             raise

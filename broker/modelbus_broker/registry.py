@@ -9,32 +9,37 @@ from . import names
 from .buckets import BucketReader
 from .connection import Bus
 from .messages import (
+    AdapterRecord,
     Deployment,
     NodeRecord,
     StartFailure,
     WorkerRecord,
+    decode_adapter,
     decode_deployment,
     decode_node,
     decode_start_failure,
     decode_worker,
 )
+from .messages.search import SEARCH_ENGINE
 
 RECORD_TTL_S = 10.0
 
 
 class Registry:
-    """Reads the buckets of deployments, workers, nodes and start failures, and keeps up with them."""
+    """Reads the buckets of deployments, adapters, workers, nodes and start failures, and keeps up with them."""
 
     def __init__(self, bus: Bus) -> None:
         self._deployments = BucketReader(bus, names.BUCKET_DEPLOYMENTS, decode_deployment)
         self._workers = BucketReader(bus, names.BUCKET_WORKERS, decode_worker, ttl_s=RECORD_TTL_S, trust=True)
         self._nodes = BucketReader(bus, names.BUCKET_NODES, decode_node, ttl_s=RECORD_TTL_S, trust=True)
         self._failures = BucketReader(bus, names.BUCKET_FAILURES, decode_start_failure)
-        self._readers = (self._deployments, self._workers, self._nodes, self._failures)
+        self._adapters = BucketReader(bus, names.BUCKET_ADAPTERS, decode_adapter)
+        self._readers = (self._deployments, self._workers, self._nodes, self._failures, self._adapters)
         # Every request asks for these: they are put together once for each change.
         self._version = -1
         self._deployed: dict[str, list[Deployment]] = {}
         self._serving: set[str] = set()
+        self._adapted: dict[str, dict[str, AdapterRecord]] = {}
 
     async def start(self) -> None:
         """Reads everything once and keeps up from then on.
@@ -94,9 +99,18 @@ class Registry:
         """The names that clients can ask for, sorted."""
         return sorted({deployment.model for deployment in self.deployments.values()})
 
+    def services(self) -> set[str]:
+        """Those of ``models()`` that are no models but search services."""
+        return {deployment.model for deployment in self.deployments.values() if deployment.engine == SEARCH_ENGINE}
+
     def deployments_of(self, model: str) -> Sequence[Deployment]:
         self._index()
         return self._deployed.get(model, ())
+
+    def adapters_of(self, model: str) -> Mapping[str, AdapterRecord]:
+        """By name, sorted."""
+        self._index()
+        return self._adapted.get(model, {})
 
     def is_served(self, model: str) -> bool:
         """A worker of the model is alive and ready."""
@@ -104,15 +118,17 @@ class Registry:
         return model in self._serving
 
     def _index(self) -> None:
-        version = self._deployments.version + self._workers.version
+        version = self._deployments.version + self._workers.version + self._adapters.version
         if version == self._version:
             return
-        self._version, self._deployed, self._serving = version, {}, set()
+        self._version, self._deployed, self._serving, self._adapted = version, {}, set(), {}
         for deployment in self.deployments.values():
             self._deployed.setdefault(deployment.model, []).append(deployment)
         for worker in self.workers.values():
             if worker.state == "ok":
                 self._serving.add(worker.model)
+        for record in sorted(self._adapters.values.values(), key=lambda record: record.name):
+            self._adapted.setdefault(record.model, {})[record.name] = record
 
     def workers_of(self, model: str, state: str = "ok") -> list[WorkerRecord]:
         """Live workers of a model in a state ("" = any), by replica."""

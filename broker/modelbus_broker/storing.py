@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from . import names
+from .blobs import INLINE_LIMIT, put_blob
 from .connection import Bus, JetStreamError, Msg, NoResponders, parse_puback
 from .errors import BusUnavailable, ModelBusError, QueueFull
-from .messages import Accepted, Request
+from .messages import Accepted, Request, encode
 from .standstill import STUCK_S
 
 #: Without an answer for so long a request is sent again.
@@ -30,9 +31,6 @@ HEAR_FIRST_S = 2.0
 
 #: So long a message that is withdrawn waits for the stream to say where it lies.
 WITHDRAW_S = 2.0
-
-#: A stream is at its limit of messages or bytes.
-_FULL = (10077, 10122, 10054, 10047)
 
 
 class PublisherSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,11 +139,12 @@ class Storing:
         if publication.reply:
             self._bus.forget_reply(publication.reply)
         publication.reply = self._bus.on_reply(partial(self._heard, publication))
-        # Where the connection takes nothing now, it is sent again until the time is up.
-        with contextlib.suppress(BusUnavailable):
+        try:
             self._bus.send(
                 publication.subject, publication.payload, reply=publication.reply, headers=publication.headers
             )
+        except BusUnavailable:
+            pass  # the connection takes nothing now: it is sent again until the time is up
 
     def _heard(self, publication: Publication, msg: Msg) -> None:
         if not publication.open:
@@ -157,7 +156,7 @@ class Storing:
             return
         except JetStreamError as error:
             publication.error = error
-            if error.err_code in _FULL:
+            if error.full:
                 publication.error = QueueFull(f"the queue of the bus is full ({error.message})", retry_after_s=1.0)
         else:
             publication.stored, publication.stream, publication.seq = True, ack.stream, ack.seq
@@ -205,6 +204,19 @@ class Storing:
                 await remove_message(self._bus, publication.stream, publication.seq)
         if publication.gone is not None and not publication.gone.done():
             publication.gone.set_result(None)
+
+
+async def packed(bus: Bus, request: Request) -> bytes:
+    """A request as it travels: what is too large for a message goes to the blob store, the message refers to it.
+
+    Raises:
+        ModelBusError: the blob store does not take it.
+    """
+    payload = encode(request)
+    if len(payload) <= INLINE_LIMIT:
+        return payload
+    blob = await put_blob(bus, f"{request.id}.{request.attempt}", encode(request.task))
+    return encode(msgspec.structs.replace(request, task=None, blob=blob))
 
 
 async def remove_message(bus: Bus, stream: str, seq: int) -> None:

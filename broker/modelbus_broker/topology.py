@@ -62,6 +62,7 @@ STREAMS = [
     _stream(names.STREAM_JOBS, ["mb.jobs.>"], retention="workqueue", discard="new", max_bytes=1024 * _MIB),
     _stream(names.STREAM_DEAD, ["mb.dead.>"], max_bytes=1024 * _MIB),
     _stream(names.STREAM_USAGE, [names.USAGE], max_bytes=1024 * _MIB),
+    _stream(names.STREAM_INDEXING, [names.INDEXING], retention="workqueue", discard="new", max_bytes=1024 * _MIB),
 ]
 BUCKETS = [
     _bucket(names.BUCKET_DEPLOYMENTS),
@@ -70,12 +71,19 @@ BUCKETS = [
     _bucket(names.BUCKET_WORKERS, memory=True, ttl_s=10),
     _bucket(names.BUCKET_NODES, memory=True, ttl_s=10),
     _bucket(names.BUCKET_RUNS, ttl_s=_HOUR),
-    _bucket(names.BUCKET_ANSWERS, ttl_s=24 * _HOUR),
+    # Every answer says itself how long it is kept.
+    _bucket(names.BUCKET_ANSWERS, ttl_s=31 * 24 * _HOUR),
+    _bucket(names.BUCKET_JOBS, ttl_s=32 * 24 * _HOUR),
     _bucket(names.BUCKET_IDEMPOTENCY, ttl_s=24 * _HOUR),
     _bucket(names.BUCKET_KEYS),
     _bucket(names.BUCKET_ALIASES),
-    # An object bucket's stream; see blobs.py for what lies in it.
-    _stream(f"OBJ_{names.BLOBS}", [f"$O.{names.BLOBS}.>"], discard="new", allow_rollup_hdrs=True, max_age=25 * _HOUR * _S,
+    _bucket(names.BUCKET_ADAPTERS),
+    _bucket(names.BUCKET_FILES),
+    _bucket(names.BUCKET_VECTOR_STORES),
+    # Object buckets' streams; see blobs.py for what lies in them.
+    _stream(names.object_stream(names.BLOBS), [f"$O.{names.BLOBS}.>"], discard="new", allow_rollup_hdrs=True,
+            max_age=25 * _HOUR * _S, max_bytes=8192 * _MIB, duplicate_window=120 * _S),
+    _stream(names.object_stream(names.FILES), [f"$O.{names.FILES}.>"], discard="new", allow_rollup_hdrs=True,
             max_bytes=8192 * _MIB, duplicate_window=120 * _S),
 ]  # fmt: skip
 
@@ -92,6 +100,7 @@ async def declare_bus(bus: Bus, *, replicas: int = 1) -> None:
     """
     for config in STREAMS + BUCKETS:
         await _declare_stream(bus, config | {"num_replicas": replicas})
+    await _declare_indexers(bus)
 
 
 async def declare_memory(bus: Bus) -> None:
@@ -112,7 +121,7 @@ async def restore_memory(bus: Bus) -> None:
     A server that has just started, or a cluster that has no leader yet, may not do so at once. Returns when they are
     there, when the connection is lost again, or at once where our credential does not let us make streams.
     """
-    if not _may_declare(bus.settings):
+    if not may_declare(bus.settings):
         return
     connected_at = bus.connected_at
     while bus.connected_at == connected_at and not bus.closed.is_set():
@@ -124,7 +133,8 @@ async def restore_memory(bus: Bus) -> None:
             await asyncio.sleep(0.5)
 
 
-def _may_declare(settings: BusSettings) -> bool:
+def may_declare(settings: BusSettings) -> bool:
+    """Whether our credential is one that may make streams and write what is deployed."""
     if not settings.creds:
         return True
     from .credentials import load_credential
@@ -195,6 +205,17 @@ async def _declare_consumer(bus: Bus, consumer: ConsumerRef) -> None:
     }  # fmt: skip
     body = {"stream_name": consumer.stream, "config": config, "action": ""}
     await bus.js_request(f"CONSUMER.CREATE.{consumer.stream}.{consumer.name}.{consumer.filter_subject}", body)
+
+
+async def _declare_indexers(bus: Bus) -> None:
+    """Makes the one consumer through which gateways take the files that are to be indexed."""
+    config = {
+        "name": names.INDEXERS, "durable_name": names.INDEXERS, "filter_subject": names.INDEXING,
+        "ack_policy": "explicit", "deliver_policy": "all", "replay_policy": "instant", "ack_wait": ACK_WAIT_S * _S,
+        "max_deliver": -1, "max_ack_pending": 1_000, "num_replicas": 0,
+    }  # fmt: skip
+    body = {"stream_name": names.STREAM_INDEXING, "config": config, "action": ""}
+    await bus.js_request(f"CONSUMER.CREATE.{names.STREAM_INDEXING}.{names.INDEXERS}.{names.INDEXING}", body)
 
 
 async def _model_consumers(bus: Bus, model: str) -> list[tuple[str, dict[str, Any]]]:

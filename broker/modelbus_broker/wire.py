@@ -15,6 +15,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from . import websockets  # noqa: F401  # isort: skip  # before nats-py
+
 import nats.aio.client
 import nats.errors
 from nats.aio.subscription import Subscription

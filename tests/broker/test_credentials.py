@@ -287,6 +287,23 @@ async def test_a_client_may_not_listen(join: Join, subject: str) -> None:
     assert not await (await join("client")).may_subscribe(subject)
 
 
+async def test_jobs_need_nothing_that_clients_and_workers_may_not_do(join: Join) -> None:
+    client, worker = await join("client"), await join("worker")
+    for subject in (
+        "$KV.jobs.j1",
+        "$KV.answers.j1",
+        "$JS.API.DIRECT.GET.KV_jobs",
+        "$JS.API.DIRECT.GET.MB_LO",
+        "mb.ctl.workers",
+    ):
+        assert await client.may_publish(subject), subject
+    assert await client.may_subscribe("$KV.answers.j1")
+    # Whether another worker has a job that was delivered twice: the question, and its answer.
+    assert await worker.may_publish("mb.find") and await worker.may_publish("_INBOX_worker.x")
+    for subject in ("$KV.jobs.j1", "$JS.API.DIRECT.GET.KV_jobs"):
+        assert not await worker.may_publish(subject), subject
+
+
 async def test_an_admin_may_do_everything(join: Join) -> None:
     admin = await join("admin")
     assert await admin.may_subscribe(">")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from .base import Message
+from .search import Operation
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -104,6 +105,30 @@ class Sampling(Message, frozen=True, kw_only=True):
     logprobs: int | None = None  #: how many alternatives per token; 0 = only the chosen token's
 
 
+#: How an answer came to have its form: it needed none; the model's own way (a provider's, or what it was trained for);
+#: a grammar in the engine; words in the prompt; or words and the errors of an earlier answer.
+Rung = Literal["text", "native", "grammar", "prompted", "reasked"]
+
+
+class Ladder(Message, frozen=True, kw_only=True):
+    """How far an answer of a certain form is sought: first as the model does it best, then by other ways.
+
+    The defaults take whatever works. ``Ladder(rungs=("native", "grammar"))`` refuses what only a prompt could ask for.
+    """
+
+    #: The ways that may be taken.
+    rungs: tuple[Literal["native", "grammar", "prompted"], ...] = ("native", "grammar", "prompted")
+    reasks: int = 2  #: how often the model is told what is wrong with its answer and asked again
+    max_tokens: int = 0  #: output tokens over all attempts, after which nothing is asked again; 0: no limit
+    examples: int = 2  #: generated ones, in prompts that ask for a form
+    reason_first: bool = False  #: the model writes freely first, then its answer in the form that is asked for
+    retry_temperature: float | None = None  #: of re-asks; None: that of the request
+    max_string: int = 2000  #: characters of strings whose schema says nothing, where a grammar runs; 0: no bound
+    max_items: int = 100  #: items of arrays whose schema says nothing, where a grammar runs; 0: no bound
+    #: Where a grammar runs, of several tools the likeliest one is offered alone to a model that was not made for tools.
+    likely_tool: bool = True
+
+
 class Chat(Message, frozen=True, kw_only=True, tag="chat"):
     """A conversation to go on with."""
 
@@ -117,6 +142,7 @@ class Chat(Message, frozen=True, kw_only=True, tag="chat"):
     chat_template_kwargs: dict[str, Any] | None = None
     #: Fields that only some engines know (``guided_json`` ...), by their wire name.
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
+    ladder: Ladder | None = None  #: how far ``response_format`` and ``tools`` are sought; None: all the way
 
 
 class Completion(Message, frozen=True, kw_only=True, tag="completion"):
@@ -151,5 +177,20 @@ class Classification(Message, frozen=True, kw_only=True, tag="classification"):
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
+class Storage(Message, frozen=True, kw_only=True, tag="storage"):
+    """One operation on the stores of a search service. The answer is one ``Reply`` of ``messages.search``."""
+
+    operation: Operation
+
+
+class Decision(Message, frozen=True, kw_only=True, tag="decision"):
+    """How likely each of some answers to a conversation is. The answer has one choice for each label, with no text and the
+    log probabilities of the label's tokens; nothing is generated."""
+
+    messages: list[ChatMessage]
+    labels: list[str]
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 #: Everything a worker can be asked to do.
-Task = Chat | Completion | Embedding | Score | Classification
+Task = Chat | Completion | Embedding | Score | Classification | Decision | Storage

@@ -20,6 +20,7 @@ class UsageEvent(Message, frozen=True, kw_only=True, tag="usage"):
     model: str
     deployment: str
     tenant: str = ""
+    adapter: str = ""  #: whose weights lay over the model's
     usage: Usage = Usage()
     outcome: str = "done"  #: done, failed (also without a run: expired, poison), cancelled, handed_over, waste
     code: str = ""

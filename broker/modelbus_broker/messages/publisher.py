@@ -108,6 +108,43 @@ class Vectors(Row, frozen=True, kw_only=True, tag="v"):
     labels: list[str] = []  #: of the dimensions, for classifications
 
 
+class Document(Row, frozen=True, kw_only=True, tag="o"):
+    """A piece of an answer that is one encoded document: the pieces follow each other in the order of ``seq``."""
+
+    id: str
+    run: str
+    seq: int
+    data: bytes
+
+
+class Context(Message, frozen=True, kw_only=True, omit_defaults=False):
+    """A passage of a document that an answer was made of, and may cite as ``[number]``."""
+
+    number: int  #: from 1
+    file: str
+    heading: str = ""  #: those above it
+    line: int = 0  #: of the file, from 1; 0: the text is not the file's own
+    last_line: int = 0
+    page: int = 0  #: or slide, from 1; 0: the file has none
+    text: str = ""
+    score: float = 0.0
+    collection: str = ""  #: the store that it lies in
+
+    @property
+    def place(self) -> str:
+        """The file, its lines or page, and the headings."""
+        lines = f":{self.line}-{self.last_line}" if self.line else f", page {self.page}" if self.page else ""
+        return f"{self.file}{lines}" + (f"  {self.heading}" if self.heading else "")
+
+
+class Grounding(Message, frozen=True, kw_only=True, omit_defaults=False):
+    """What an answer out of documents was made of."""
+
+    question: str = ""  #: that was looked for: the caller's, understood without what was said before
+    contexts: list[Context] = []  #: that the model was given
+    citations: list[int] = []  #: the numbers of those that the answer names
+
+
 class Done(Row, frozen=True, kw_only=True, tag="z"):
     """The answer is complete. ``seq`` is the last of the run."""
 
@@ -118,6 +155,9 @@ class Done(Row, frozen=True, kw_only=True, tag="z"):
     engine_ms: float = 0.0
     upstream_model: str = ""  #: the model name that a provider reported
     system_fingerprint: str = ""
+    rung: str = ""  #: how a form that was asked for was come by, see ``Rung``; "": none was asked for
+    attempts: int = 0  #: how often the model was asked for it
+    grounding: Grounding | None = None  #: of an answer out of documents
 
 
 class Failed(Row, frozen=True, kw_only=True, tag="f"):
@@ -137,7 +177,7 @@ class Failed(Row, frozen=True, kw_only=True, tag="f"):
     handover: bool = False  #: the worker is being stopped: only this run has ended, another worker goes on
 
 
-Frame = Accepted | Started | Delta | Vectors | Done | Failed
+Frame = Accepted | Started | Delta | Vectors | Document | Done | Failed
 TERMINAL = (Done, Failed)
 
 
@@ -203,6 +243,15 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     id: str
 
 
+class AdapterChecked(Message, frozen=True, kw_only=True, tag="adapter_checked"):
+    """What a worker says of an adapter that it was asked about."""
+
+    worker: str
+    host: str
+    fingerprint: str = ""  #: of its files
+    words: str = ""  #: why it cannot be used
+
+
 class Cancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
     """What became of a request that was to be cancelled, said by its publisher, or by the worker that had it."""
 
@@ -220,4 +269,5 @@ decode_found = msgspec.msgpack.Decoder(FoundRun).decode
 decode_held = msgspec.msgpack.Decoder(Held).decode
 #: What a publisher receives on ``mb.ctl.<publisher>``.
 decode_publisher_control = msgspec.msgpack.Decoder(Cancel | Adopt).decode
+decode_adapter_checked = msgspec.msgpack.Decoder(AdapterChecked).decode
 decode_cancelled = msgspec.msgpack.Decoder(Cancelled).decode

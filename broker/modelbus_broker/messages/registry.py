@@ -56,7 +56,8 @@ class Claim(Message, frozen=True, kw_only=True, tag="claim"):
 
 
 class StartFailure(Message, frozen=True, kw_only=True, tag="start_failure"):
-    """Why a node could not run a replica. Key: ``<deployment>.<revision>.<node>``; excludes that node for that revision."""
+    """Why a node could not run a replica. Key: ``<deployment>.<revision>.<node>``; excludes that node for that revision,
+    or until ``again_ms``."""
 
     deployment: str
     revision: str
@@ -64,6 +65,17 @@ class StartFailure(Message, frozen=True, kw_only=True, tag="start_failure"):
     words: str  #: the engine's own
     replica: int = 0
     at_ms: int = 0
+    again_ms: int = 0  #: Unix time of the node's next try: a server that the engine needs does not answer; 0: none
+
+
+class AdapterRecord(Message, frozen=True, kw_only=True, tag="adapter"):
+    """An adapter of a model. Key: ``names.adapter_key(model, name)``."""
+
+    model: str
+    name: str
+    path: str  #: a folder on the hosts of the workers
+    fingerprint: str  #: of its files
+    created_ms: int = 0
 
 
 class Capabilities(Message, frozen=True, kw_only=True):
@@ -72,6 +84,7 @@ class Capabilities(Message, frozen=True, kw_only=True):
     tasks: list[str] = []  #: chat, completion, embedding, score, classification
     streaming: bool = True
     can_continue: bool = False  #: goes on from given output token ids
+    prefill: bool = False  #: goes on with a last message of the assistant, where others answer it
     adapters: bool = False  #: a request may name an adapter (LoRA)
     vision: bool = False
     audio: bool = False
@@ -79,6 +92,8 @@ class Capabilities(Message, frozen=True, kw_only=True):
     tools: bool = False
     json_object: bool = False
     json_schema: bool = False
+    grammar: bool = False  #: the engine holds the model to a JSON schema: it can write nothing else
+    native_tools: bool = False  #: the model, or its provider, was made to call tools: nobody needs to explain them
     logprobs: bool = False
     n: bool = False
     seed: bool = False
@@ -107,6 +122,7 @@ class WorkerRecord(Message, frozen=True, kw_only=True, tag="worker"):
     compat: str = ""
     capabilities: Capabilities = Capabilities()
     words: str = ""  #: what the engine said last, when it failed or is loading
+    retryable: bool = False  #: it failed for want of something that may come back
     total_requests: int = 0
     failed_requests: int = 0
     last_work_ms: int = 0  #: Unix time; 0 = never
@@ -149,5 +165,6 @@ class NodeRecord(Message, frozen=True, kw_only=True, tag="node"):
 decode_deployment = msgspec.msgpack.Decoder(Deployment).decode
 decode_claim = msgspec.msgpack.Decoder(Claim).decode
 decode_start_failure = msgspec.msgpack.Decoder(StartFailure).decode
+decode_adapter = msgspec.msgpack.Decoder(AdapterRecord).decode
 decode_worker = msgspec.msgpack.Decoder(WorkerRecord).decode
 decode_node = msgspec.msgpack.Decoder(NodeRecord).decode

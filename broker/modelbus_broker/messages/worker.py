@@ -25,7 +25,8 @@ class Adapter(Message, frozen=True, kw_only=True):
     """Weights that are laid over the model's own for one request (LoRA)."""
 
     name: str
-    path: str  #: a folder on the worker's host, or what its engine takes for one
+    path: str  #: a folder on the worker's host
+    fingerprint: str = ""  #: of its files; others are not taken for it. "": whatever lies there
 
 
 class Request(Message, frozen=True, kw_only=True, tag="request"):
@@ -64,6 +65,8 @@ class Request(Message, frozen=True, kw_only=True, tag="request"):
     view: str = ""  #: how the publisher shows the answer; handed on as it is to whoever takes the answer up later
     answer_kept_s: int = 0  #: the worker keeps the whole answer for so long, for those who ask again; 0: it does not
     adapter: Adapter | None = None
+    labels: dict[str, str] = {}  #: free words of the asker for traces: a prompt function and its version, for instance
+    detached: bool = False  #: a job: no publisher waits or fails over; its worker keeps its answer or its error
 
     @property
     def answers_to(self) -> str:
@@ -126,7 +129,13 @@ class Measure(Message, frozen=True, kw_only=True, tag="measure"):
     """What does your engine count? The answer is plain text: Prometheus's text format, which may be empty."""
 
 
-Control = Stop | Go | LetGo | Resend | Adopt | Probe | Measure
+class CheckAdapter(Message, frozen=True, kw_only=True, tag="check_adapter"):
+    """Can you use this adapter? The answer is an ``AdapterChecked``."""
+
+    adapter: Adapter
+
+
+Control = Stop | Go | LetGo | Resend | Adopt | Probe | Measure | CheckAdapter
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 _task_decoder: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
