@@ -133,6 +133,15 @@ def echo_classes(text: str | list[int]) -> bytes:
     return struct.pack("<2f", 8 / (tokens + 8), tokens / (tokens + 8))
 
 
+def echo_label(label: str, said: str) -> list[TokenLogprob]:
+    """How likely the model is to answer a text with a label: the likelier, the nearer to its beginning the text has it."""
+    at = said.lower().find(label.lower())
+    probability = 1 / (at + 2) if at >= 0 else 1e-3
+    first, *rest = [match[0] for match in _PIECE.finditer(label)] or [label]
+    scores = [TokenLogprob(token=first, logprob=math.log(probability), bytes=_bytes(first), token_id=token_id(first))]
+    return scores + [TokenLogprob(token=t, logprob=0.0, bytes=_bytes(t), token_id=token_id(t)) for t in rest]
+
+
 def _repeated(source: list[str], start: int, count: int) -> list[str]:
     """``count`` pieces of the source, which goes round; a blank keeps the ends apart."""
     first = source[0] if source[0][:1].isspace() else " " + source[0]
