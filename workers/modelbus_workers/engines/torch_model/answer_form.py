@@ -31,6 +31,7 @@ class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
     one_call: bool = False  #: the answer ends after the first
     forced: bool = False  #: the answer is calls and nothing else
     rules: str = ""  #: of a Lark grammar without the schemas; "": the model may write what it likes
+    param: str = ""  #: the field of the request that the rules came from, where they have no schemas
     schemas: tuple[Schema, ...] = ()
 
     @property
@@ -95,7 +96,7 @@ def _response_schema(task: Chat) -> Schema | None:
                 )
         case kind:
             raise UnsupportedField(f"this engine cannot hold a model to {kind}", param="response_format")
-    return Schema(rule="answer", param="response_format", text=_schema_text(schema, lenient=False))
+    return Schema(rule="answer", param="response_format", text=schema_text(schema, lenient=False))
 
 
 def _tool_names(task: Chat) -> list[str]:
@@ -131,7 +132,7 @@ def _arguments(task: Chat, index: int) -> Schema:
             "the parameters of a function are a JSON schema", param=f"tools[{index}].function.parameters"
         )
     # Of arguments a schema may say what no grammar can, unless the client wants to rely on it.
-    text = _schema_text({"type": "object"} | (schema or {}), lenient=not function.get("strict"))
+    text = schema_text({"type": "object"} | (schema or {}), lenient=not function.get("strict"))
     return Schema(rule=f"arguments_{index}", param=f"tools[{index}].function.parameters", text=text)
 
 
@@ -139,7 +140,8 @@ def _index(schema: Schema) -> int:
     return int(schema.rule.rpartition("_")[2])
 
 
-def _schema_text(schema: object, *, lenient: bool) -> str:
+def schema_text(schema: object, *, lenient: bool) -> str:
+    """A schema as the grammar has it; ``lenient``: what it says beyond what a grammar can is left out."""
     assert isinstance(schema, dict)
     own = {"x-guidance": {"whitespace_pattern": _BLANKS, "lenient": lenient}}
     return json.dumps({name: value for name, value in schema.items() if name != "x-guidance"} | own)

@@ -22,6 +22,7 @@ class Piece(NamedTuple):
 
     text: str = ""
     calls: list[ToolCallDelta] = []
+    reasoning: str = ""
 
 
 class JsonExtent:

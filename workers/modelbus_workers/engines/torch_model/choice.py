@@ -22,6 +22,7 @@ class Choice:
     Attributes:
         finish: why it has ended; "" while it goes on.
         constraint: where it is in the grammar of the request, if there is one.
+        reasoning_tokens: how many of its tokens were reasoning.
     """
 
     def __init__(self, work: Work, number: int, index: int, tokenizer: Any) -> None:
@@ -37,8 +38,21 @@ class Choice:
         self._calls: CallParser | None = None
         if work.form.calls is not None:
             self._calls = CallParser(work.form.calls, work.form.tools, lambda call: work.call_id(index, call))
+        self._reader = work.reader(number, index) if work.reader is not None else None
+        self._called = False
         self.constraint: Constraint | None = work.grammar.constraint() if work.grammar is not None else None
         self.finish: FinishReason = ""
+        self.reasoning_tokens = 0
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the next token is reasoning."""
+        return self._reader is not None and self._reader.reasons
+
+    @property
+    def left(self) -> int:
+        """How many more tokens it may have."""
+        return self._limit - self._tokens
 
     def begin(self, echo_scores: list[TokenLogprob]) -> Output:
         """What the client lacks of the echo and of the tokens of an earlier run."""
@@ -63,6 +77,7 @@ class Choice:
             text=self._unseen(piece.text),
             token_ids=[token],
             finish_reason=self.finish,
+            reasoning=piece.reasoning,
             tool_calls=piece.calls,
             logprobs=[score] if score is not None and not ends else [],
         )
@@ -75,7 +90,14 @@ class Choice:
             self.constraint.take(token)
         if token in self._plan.stop_ids and self._tokens > self._plan.min_tokens:
             return self._end("stop")
-        text = self._text.add(token)
+        self.reasoning_tokens += self.reasons
+        said = Piece(self._text.add(token))
+        if self._reader is not None:
+            said = self._reader.add(token, said.text)
+        return self._together(said, self._answer(said.text))
+
+    def _answer(self, text: str) -> Piece:
+        """What is no reasoning: it is where stop strings and calls are looked for."""
         if self._tokens > self._plan.min_tokens:
             text, found = self._stops.add(text)
             if found:
@@ -89,12 +111,23 @@ class Choice:
 
     def _end(self, reason: FinishReason, text: str = "") -> Piece:
         self.finish = reason
-        rest, found = self._stops.add(self._text.flush())
+        said = Piece(self._text.flush())
+        if self._reader is not None:
+            said = self._reader.finish(said.text)
+        rest, found = self._stops.add(said.text)
         if found:
             self.finish = "stop"
         else:
             rest += self._stops.flush()
-        return self._read(text + rest)
+        return self._together(said, self._read(text + rest))
+
+    def _together(self, said: Piece, answer: Piece) -> Piece:
+        """What the reader has told and what was made of the answer's text."""
+        calls = [call for call in said.calls if not (self._work.form.one_call and call.index)]
+        self._called = self._called or bool(calls)
+        if self._called and self.finish == "stop":
+            self.finish = "tool_calls"
+        return Piece(answer.text, calls + answer.calls, said.reasoning + answer.reasoning)
 
     def _read(self, text: str) -> Piece:
         """Tells calls from content, where there may be calls."""

@@ -7,9 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from modelbus_broker.errors import ConfigurationError, ContextLengthExceeded, InvalidRequest, MissingExtra
+from modelbus_broker.errors import ConfigurationError, InvalidRequest, MissingExtra
+from modelbus_broker.messages import Embedding
 
 from .fingerprint import fingerprint
+from .inputs import check_lengths, texts_of
 from .loading import Source, loading_errors
 from .settings import TransformersSettings
 
@@ -62,27 +64,19 @@ class Embedder:
             raise ConfigurationError(f"max_model_len is {wanted}, but the model was made for 1 to {made_for} tokens")
         self._model.max_seq_length = wanted
 
-    def prepare(self, inputs: list[str | list[int]], dimensions: int | None) -> Texts:
+    def prepare(self, task: Embedding) -> Texts:
         """Checks a request before anything is computed.
 
         Raises:
             InvalidRequest: no input, a token id that is not in the vocabulary, or more dimensions than the model has.
             ContextLengthExceeded: an input is too long; nothing is cut off silently.
         """
-        if not inputs:
-            raise InvalidRequest("input is empty", param="input")
-        if dimensions is not None and not 1 <= dimensions <= self.dimensions:
+        if task.dimensions is not None and not 1 <= task.dimensions <= self.dimensions:
             raise InvalidRequest(f"dimensions must be in 1 to {self.dimensions}", param="dimensions")
-        texts = [text if isinstance(text, str) else self._decode(text) for text in inputs]
+        texts = texts_of(task, self._model.tokenizer)
         # Said once here, so that the tokenizer does not warn of long texts.
         counts = [len(ids) for ids in self._model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-        for index, count in enumerate(counts):
-            if self.context_length and count > self.context_length:
-                raise ContextLengthExceeded(
-                    f"This model's maximum context length is {self.context_length} tokens, but input {index} has "
-                    f"{count} tokens. Please reduce its length.",
-                    param="input",
-                )
+        check_lengths(counts, self.context_length, "input")
         return Texts(texts=texts, tokens=sum(counts))
 
     def batches(self, texts: list[str]) -> list[tuple[int, list[str]]]:
@@ -103,11 +97,3 @@ class Embedder:
             lengths = numpy.linalg.norm(vectors, axis=1, keepdims=True)
             vectors = vectors / numpy.maximum(lengths, 1e-12)
         return [vector.astype("<f4").tobytes() for vector in vectors]
-
-    def _decode(self, ids: list[int]) -> str:
-        tokenizer = self._model.tokenizer
-        for token in ids:
-            if not 0 <= token < len(tokenizer):
-                raise InvalidRequest(f"token id {token} is not in 0 to {len(tokenizer) - 1}", param="input")
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from modelbus_broker.errors import EngineFailed, InvalidRequest
 
 from .answer_form import AnswerForm
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,13 @@ class Grammar:
 class Grammars:
     """Compiles grammars for one model and remembers the last ones."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> None:
-        """Takes up to a second. ``ends``: the tokens that end an answer.
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._compiled = lru_cache(maxsize=256)(self._compile)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> Self:
+        """For one of Hugging Face's tokenizers; takes up to a second. ``ends``: the tokens that end an answer.
 
         Raises:
             ValueError: the tokenizer is not one of those that can be read.
@@ -40,9 +45,9 @@ class Grammars:
         from llguidance.hf import from_tokenizer
 
         began = time.monotonic()
-        self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(ends) or None)
-        self._compiled = lru_cache(maxsize=256)(self._compile)
+        read = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(ends) or None)
         log.info("made ready for grammars in %.1f s", time.monotonic() - began)
+        return cls(read)
 
     def compile(self, form: AnswerForm) -> Grammar | None:
         """The grammar of a form; None if it has none.
@@ -64,7 +69,7 @@ class Grammars:
                 raise InvalidRequest(f"Invalid schema for '{schema.param}': {_first_line(wrong)}", param=schema.param)
         raise InvalidRequest(
             f"the form of the answer cannot be made a grammar: {_first_line(matcher.get_error())}",
-            param=form.schemas[-1].param,
+            param=form.schemas[-1].param if form.schemas else form.param,
         )
 
 
@@ -82,8 +87,19 @@ class Constraint:
     def held(self, logits: Tensor) -> Tensor:
         """A copy of a row of logits in which the forbidden tokens are impossible."""
         if self._forbidden is None:
-            self._forbidden = self._next_forbidden(logits)
+            import torch
+
+            self._forbidden = torch.from_numpy(self.forbidden(logits.shape[0])).to(logits.device)
         return logits.masked_fill(self._forbidden, float("-inf"))
+
+    def forbidden(self, vocabulary: int) -> Any:
+        """For each token of the vocabulary whether it may not come next: an array of bool."""
+        import numpy
+
+        bits = numpy.frombuffer(self._matcher.compute_bitmask(), numpy.uint8)
+        if self._matcher.is_error():
+            raise EngineFailed(f"the grammar of the answer broke: {_first_line(self._matcher.get_error())}")
+        return numpy.unpackbits(bits, bitorder="little", count=vocabulary) == 0
 
     def take(self, token: int) -> None:
         """The token is the next one of the output.
@@ -99,13 +115,3 @@ class Constraint:
     def complete(self) -> bool:
         """Nothing can follow any more."""
         return self._matcher.is_stopped()
-
-    def _next_forbidden(self, logits: Tensor) -> Tensor:
-        import numpy
-        import torch
-
-        bits = numpy.frombuffer(self._matcher.compute_bitmask(), numpy.uint8)
-        if self._matcher.is_error():
-            raise EngineFailed(f"the grammar of the answer broke: {_first_line(self._matcher.get_error())}")
-        forbidden = numpy.unpackbits(bits, bitorder="little", count=logits.shape[0]) == 0
-        return torch.from_numpy(forbidden).to(logits.device)

@@ -7,10 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from modelbus_broker.errors import ConfigurationError, ContextLengthExceeded, InvalidRequest, UnsupportedField
+from modelbus_broker.errors import ConfigurationError
 from modelbus_broker.messages import Classification, Score
 
 from .fingerprint import fingerprint
+from .inputs import check_lengths, check_no_extra, pairs_of, texts_of
 from .loading import Source, context_length, loading_errors
 from .settings import TransformersSettings
 
@@ -71,35 +72,11 @@ class Head:
             UnsupportedField: a field that this engine does not know.
             ContextLengthExceeded: an input is too long; nothing is cut off silently.
         """
-        for field in task.extra:
-            raise UnsupportedField(f"{field} is not supported by this model", param=field)
-        rows = self._pairs(task) if isinstance(task, Score) else self._texts(task)
-        param, what = ("documents", "document") if isinstance(task, Score) else ("input", "input")
-        for index, row in enumerate(rows):
-            if len(row["input_ids"]) > self.context_length:
-                raise ContextLengthExceeded(
-                    f"This model's maximum context length is {self.context_length} tokens, but {what} {index} has "
-                    f"{len(row['input_ids'])} tokens{' with its query' if param == 'documents' else ''}. "
-                    "Please reduce its length.",
-                    param=param,
-                )
-        return Rows(rows=rows, tokens=sum(len(row["input_ids"]) for row in rows))
-
-    def _pairs(self, task: Score) -> list[dict[str, list[int]]]:
-        queries, documents = task.queries, task.documents
-        if not documents:
-            raise InvalidRequest("there are no documents", param="documents")
-        if len(queries) not in (1, len(documents)):
-            raise InvalidRequest(
-                f"there must be one query, or one for each of the {len(documents)} documents, not {len(queries)}",
-                param="queries",
-            )
-        return self._rows(queries * len(documents) if len(queries) == 1 else queries, documents)
-
-    def _texts(self, task: Classification) -> list[dict[str, list[int]]]:
-        if not task.input:
-            raise InvalidRequest("input is empty", param="input")
-        return self._rows([text if isinstance(text, str) else self._decode(text) for text in task.input])
+        check_no_extra(task)
+        rows = self._rows(*pairs_of(task)) if isinstance(task, Score) else self._rows(texts_of(task, self._tokenizer))
+        counts = [len(row["input_ids"]) for row in rows]
+        check_lengths(counts, self.context_length, "pair" if self.scores else "input")
+        return Rows(rows=rows, tokens=sum(counts))
 
     def _rows(self, *texts: list[str]) -> list[dict[str, list[int]]]:
         made = self._tokenizer(*texts, truncation=False, verbose=False)
@@ -129,14 +106,6 @@ class Head:
         if self.scores or self._independent:
             return logits.sigmoid()
         return logits.softmax(-1)
-
-    def _decode(self, ids: list[int]) -> str:
-        size = len(self._tokenizer)
-        for token in ids:
-            if not 0 <= token < size:
-                raise InvalidRequest(f"token id {token} is not in 0 to {size - 1}", param="input")
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
 
 def _scores_are_logits(config: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -18,9 +19,10 @@ import msgspec
 from modelbus_broker.errors import ConfigurationError, DeploymentFailed, MissingExtra
 
 from ..base import EngineConfig
-from .call_formats import CallFormat, choose_format
+from .call_formats import CallFormat, choose_format, knows_tools
 from .fingerprint import fingerprint
 from .grammar import Grammars
+from .quantizing import asked, quantization_options
 from .settings import TransformersSettings
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,17 @@ class TextModel:
     #: words of that format that are tokens of their own
     call_tokens: dict[str, int]
     grammars: Grammars | None  #: None: its tokenizer is not one that grammars can be made for
+    processor: Any = None  #: makes what the model reads of images; None: it reads text only
 
     @property
     def template(self) -> str:
         """All of the chat template, to look for words in; "" if there is none."""
         return template_text(self.tokenizer)
+
+    @property
+    def native_tools(self) -> bool:
+        """The model was made to call tools: its own template shows them."""
+        return self.calls is not None and knows_tools(self.template)
 
 
 def find_source(config: EngineConfig) -> Source:
@@ -162,7 +170,7 @@ def load_text_model(source: Source, settings: TransformersSettings, device: str,
     if source.gguf:
         log.info("GGUF weights are unpacked at every start; this takes up to a minute")
     with loading_errors(source):
-        model, tokenizer = _from_pretrained(source, settings, device, gpus)
+        model, tokenizer, processor = _from_pretrained(source, settings, device, gpus)
     text_config = model.config.get_text_config()
     log.info("loaded %s on %s in %.1f s", type(model).__name__, device, time.monotonic() - began)
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -178,8 +186,25 @@ def load_text_model(source: Source, settings: TransformersSettings, device: str,
         compat=_compat(source, model, tokenizer, settings),
         calls=calls,
         call_tokens=_tokens_of(tokenizer, calls.markers) if calls else {},
+        processor=processor,
         grammars=_grammars(tokenizer, vocabulary, ends),
     )
+
+
+def load_assistant(settings: TransformersSettings, device: str) -> tuple[Any, Any]:
+    """The model that guesses for another one, and its tokenizer.
+
+    Raises what ``load_text_model`` raises.
+    """
+    config = EngineConfig(model="assistant", model_path=settings.assistant_model)
+    try:
+        source = find_source(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"assistant_model: {error.message}") from None
+    if source.kind != "text":
+        raise ConfigurationError(f"assistant_model {settings.assistant_model} is no language model")
+    with loading_errors(source):
+        return _from_pretrained(source, settings, device, 1)[:2]
 
 
 def template_text(tokenizer: Any) -> str:
@@ -195,35 +220,60 @@ def _tokens_of(tokenizer: Any, words: Sequence[str]) -> dict[str, int]:
 
 def _grammars(tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> Grammars | None:
     try:
-        return Grammars(tokenizer, vocabulary, frozenset(end for end in ends if end < vocabulary))
+        return Grammars.of_tokenizer(tokenizer, vocabulary, frozenset(end for end in ends if end < vocabulary))
     except Exception as error:  # a tokenizer with code of its own, or of an unknown kind
         log.warning("no grammars for this model: %s: %s", type(error).__name__, error)
         return None
 
 
-def _from_pretrained(source: Source, settings: TransformersSettings, device: str, gpus: int) -> tuple[Any, Any]:
+def _from_pretrained(source: Source, settings: TransformersSettings, device: str, gpus: int) -> tuple[Any, Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+    kind, processor = AutoModelForCausalLM, None
     if source.gguf:
         known["gguf_file"] = source.gguf
     else:
         model_config = AutoConfig.from_pretrained(source.folder, **known)
         names = list(model_config.architectures or ())
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        if names and not causal.intersection(names) and not getattr(model_config, "auto_map", None):
+        if _reads_images(source.folder, names):
+            kind, processor = _image_classes(source.folder, known)
+        elif names and not causal.intersection(names) and not getattr(model_config, "auto_map", None):
             raise ConfigurationError(
                 f"{source.folder} holds a {names[0]}, which is no text-generating model that the transformers engine runs"
             )
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, **known)
+    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(source.folder, **known)
+    if processor and not tokenizer.chat_template:
+        tokenizer.chat_template = processor.chat_template
     options = dict(known)
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if device != "cpu":
         options["device_map"] = "auto" if gpus > 1 else device
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=settings.torch_dtype(device), **options)
-    return model.eval(), tokenizer
+    dtype = settings.torch_dtype(device)
+    options |= quantization_options(settings, device, dtype)
+    model = kind.from_pretrained(source.folder, dtype=dtype, **options)
+    return model.eval(), tokenizer, processor
+
+
+def _reads_images(folder: Path, architectures: Sequence[str]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    # Some architectures are both: then it depends on whether the folder says how images are made ready.
+    known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    ready = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    return ready and bool(known.intersection(architectures))
+
+
+def _image_classes(folder: Path, known: dict[str, Any]) -> tuple[Any, Any]:
+    """The class of the model, and the processor."""
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtra("models that read images need pillow: pip install 'modelbus[transformers]'")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText, AutoProcessor.from_pretrained(folder, **known)
 
 
 @contextmanager
@@ -287,4 +337,5 @@ def _compat(source: Source, model: Any, tokenizer: Any, settings: TransformersSe
     return fingerprint(
         source.files, "transformers", transformers.__version__.split(".")[0], str(model.dtype),
         str(tokenizer.chat_template or ""), os.fspath(settings.attn_implementation), settings.tool_parser, grammars,
+        *((asked(settings), settings.bnb_4bit_quant_type, str(settings.bnb_4bit_use_double_quant)) if asked(settings) else ()),
     )  # fmt: skip

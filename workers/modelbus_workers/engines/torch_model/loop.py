@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from modelbus_broker.errors import EngineFailed, ModelBusError
 
@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 
 class _End:
     """The request is complete."""
+
+
+class _Errand:
+    """Something that is done once, between two rounds."""
+
+    def __init__(self, function: Callable[[], object], done: asyncio.Future[None]) -> None:
+        self.function, self.done = function, done
 
 
 _Item = list[Output] | ModelBusError | type[_End]
@@ -39,7 +46,7 @@ class GenerationLoop:
 
     def __init__(self, stepper: Stepper) -> None:
         self._stepper = stepper
-        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Request | _Errand | None] = queue.SimpleQueue()
         self._running: list[_Request] = []
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -66,6 +73,12 @@ class GenerationLoop:
         finally:
             request.aborted = True
 
+    async def call(self, function: Callable[[], object]) -> None:
+        """Runs something in the thread, between two rounds. Raises what it raises."""
+        errand = _Errand(function, self._loop.create_future())
+        self._inbox.put(errand)
+        await errand.done
+
     async def close(self) -> None:
         """Stops the thread after the step that it is in."""
         self._inbox.put(None)
@@ -85,9 +98,20 @@ class GenerationLoop:
             request = self._inbox.get()
             if request is None:
                 return False
+            if isinstance(request, _Errand):
+                self._run_errand(request)
+                continue
             request.steps = self._stepper.answer(request.work)
             self._running.append(request)
         return True
+
+    def _run_errand(self, errand: _Errand) -> None:
+        try:
+            errand.function()
+        except Exception as error:
+            self._loop.call_soon_threadsafe(_end_errand, errand, error)
+        else:
+            self._loop.call_soon_threadsafe(_end_errand, errand, None)
 
     def _round(self) -> None:
         self._stepper.read_wanted()
@@ -113,6 +137,15 @@ class GenerationLoop:
         except Exception as error:
             log.exception("a step failed")
             return _failure(error)
+
+
+def _end_errand(errand: _Errand, error: Exception | None) -> None:
+    if errand.done.done():
+        return  # whoever waited for it has gone
+    if error is None:
+        errand.done.set_result(None)
+    else:
+        errand.done.set_exception(error)
 
 
 def _deliver(ready: list[tuple[_Request, _Item]]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from modelbus_broker.errors import InvalidRequest, UnsupportedField
-from modelbus_broker.messages import Chat, ChatMessage, Completion, TextPart
+from modelbus_broker.messages import Chat, ChatMessage, Completion, ImagePart, TextPart
 
 from .call_formats import knows_tools
+from .images import decode_image
 from .loading import TextModel
 from .tool_prompts import shown_tools, with_described_tools
 
@@ -21,6 +23,46 @@ def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
         UnsupportedField: the model has no chat template, or the request wants what this engine cannot do.
         InvalidRequest: the template refuses the conversation; its words are in the message.
     """
+    return [int(token) for token in _templated(loaded, task, images=False)["input_ids"]]
+
+
+def picture_prompt(
+    loaded: TextModel, task: Chat, files: Sequence[tuple[str, bytes]]
+) -> tuple[list[int], dict[str, Any]]:
+    """The token ids of a conversation for a model that reads images, and what it reads beside them.
+
+    Args:
+        files: of all images in the order of the conversation, each with its place.
+
+    Raises what ``chat_prompt`` raises, and InvalidRequest where a file is no image.
+    """
+    import torch
+
+    text, pictures = text_and_pictures(loaded, task, files)
+    try:
+        made = loaded.processor(text=[text], images=pictures or None, add_special_tokens=False, return_tensors="pt")
+    except Exception as error:  # processors raise what they like
+        raise InvalidRequest(f"the model cannot read these images: {error}", param="messages") from error
+    model, features = loaded.model, {}
+    for name, value in made.items() if pictures else ():
+        if name not in ("input_ids", "attention_mask"):
+            if isinstance(value, torch.Tensor):
+                value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+            features[name] = value
+    return [int(token) for token in made["input_ids"][0]], features
+
+
+def text_and_pictures(loaded: TextModel, task: Chat, files: Sequence[tuple[str, bytes]]) -> tuple[str, list[Any]]:
+    """The conversation with a mark for each image, and the images (``PIL.Image.Image``). Raises what ``picture_prompt`` raises."""
+    marker = getattr(loaded.processor, "image_token", None)
+    if marker and any(marker in message.text() for message in task.messages):
+        raise InvalidRequest(f"{marker!r} stands for an image in this model: texts may not have it", param="messages")
+    text: str = _templated(loaded, task, images=True)
+    return text, [decode_image(at, data) for at, data in files]
+
+
+def _templated(loaded: TextModel, task: Chat, *, images: bool) -> Any:
+    """What the tokenizer's template makes of a conversation: with images a text, else a mapping with ``input_ids``."""
     template = loaded.template
     if not template:
         raise UnsupportedField("this model has no chat template; use /v1/completions instead", param="messages")
@@ -28,7 +70,7 @@ def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
     if not task.messages:
         raise InvalidRequest("messages is empty", param="messages")
     for index, message in enumerate(task.messages):
-        _check_parts(message, index)
+        _check_parts(message, index, images)
     last = task.messages[-1]
     goes_on = last.role == "assistant" and not last.tool_calls and bool(last.text())
     messages, tools = task.messages, shown_tools(task)
@@ -36,19 +78,18 @@ def chat_prompt(loaded: TextModel, task: Chat) -> list[int]:
         messages = with_described_tools(messages, tools)
     elif tools:
         options["tools"] = tools
-    turns = [_for_template(message, template) for message in messages]
+    turns = [_for_template(message, template, loaded.processor is not None) for message in messages]
     try:
-        encoded = loaded.tokenizer.apply_chat_template(
+        return loaded.tokenizer.apply_chat_template(
             turns,
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
-            tokenize=True,
-            return_dict=True,
+            tokenize=not images,
+            return_dict=not images,
             **options,
         )
     except Exception as error:  # templates raise what they like
         raise InvalidRequest(f"the model's chat template refuses the messages: {error}", param="messages") from error
-    return [int(token) for token in encoded["input_ids"]]
 
 
 def completion_prompts(loaded: TextModel, task: Completion) -> list[list[int]]:
@@ -86,19 +127,19 @@ def _completion_prompt(loaded: TextModel, prompt: str | list[int]) -> list[int]:
     return ids
 
 
-def _check_parts(message: ChatMessage, index: int) -> None:
+def _check_parts(message: ChatMessage, index: int, images: bool) -> None:
     for part in message.content if isinstance(message.content, list) else ():
-        if not isinstance(part, TextPart):
-            kind = part.__struct_config__.tag
-            raise UnsupportedField(f"this model reads text only, not {kind}", param=f"messages[{index}].content")
+        if not isinstance(part, TextPart) and not (images and isinstance(part, ImagePart)):
+            kind, reads = part.__struct_config__.tag, "text and images" if images else "text"
+            raise UnsupportedField(f"this model reads {reads} only, not {kind}", param=f"messages[{index}].content")
 
 
-def _for_template(message: ChatMessage, template: str) -> dict[str, Any]:
+def _for_template(message: ChatMessage, template: str, parts: bool) -> dict[str, Any]:
     """The message in the words of Hugging Face's templates."""
     role = {"function": "tool"}.get(message.role, message.role)
     if role == "developer" and "developer" not in template:
         role = "system"
-    turn: dict[str, Any] = {"role": role, "content": message.text()}
+    turn: dict[str, Any] = {"role": role, "content": _as_parts(message) if parts else message.text()}
     if message.name is not None:
         turn["name"] = message.name
     if message.tool_call_id is not None:
@@ -115,6 +156,16 @@ def _for_template(message: ChatMessage, template: str) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return turn
+
+
+def _as_parts(message: ChatMessage) -> list[dict[str, str]]:
+    """The form that templates of models with images expect."""
+    if not isinstance(message.content, list):
+        return [{"type": "text", "text": message.content or ""}]
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in message.content
+    ]
 
 
 def _arguments(text: str) -> object:

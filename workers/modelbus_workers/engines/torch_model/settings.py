@@ -24,6 +24,13 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DType = "auto"
     #: cpu, cuda, cuda:1 ...; auto: the GPU if there is one
     device: str = "auto"
+    #: linear layers in 4 or 8 bits, rounded while the model is loaded (bitsandbytes)
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    #: the numbers that 4 bits stand for
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    #: ... and the scales of the blocks rounded too
+    bnb_4bit_use_double_quant: bool = False
     #: tokens of prompt and output together; 0: what the model was made for
     max_model_len: int = 0
     #: eager, sdpa, flash_attention_2 ...; "": the library's choice
@@ -34,10 +41,26 @@ class TransformersSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 0
     #: one forward pass for all requests; else each has its own, and feels nothing of the others, not in the last bit
     continuous_batching: bool = False
+    #: the path of a smaller model with the same tokens, which guesses what this one will say
+    assistant_model: str = ""
+    #: it guesses so many tokens at once ...
+    num_assistant_tokens: int = 5
+    #: ... and stops where it is less sure than this
+    assistant_confidence_threshold: float = 0.4
+    #: guess so many tokens from what the text has had before; 0: do not
+    prompt_lookup_num_tokens: int = 0
+    #: LoRA adapters that stay loaded; more only while requests run with more
+    max_adapters: int = 8
     #: of PyTorch on a CPU; 0: the CPUs that the deployment asks for, or all
     num_threads: int = 0
     #: how the model writes tool calls; auto: what its chat template shows
     tool_parser: ToolParser = "auto"
+    #: images in one request
+    max_images: int = 16
+    #: of one image's file, MiB
+    max_image_mb: int = 20
+    #: hosts from which the worker fetches images, with commas between; *: any; "": none, images come in data URLs
+    allowed_media_domains: str = ""
     #: texts embedded, scored or classified at once
     batch_size: int = 32
 
