@@ -1,0 +1,1 @@
+"""Stores of texts and vectors, searched over the bus."""
