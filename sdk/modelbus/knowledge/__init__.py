@@ -1,0 +1,1 @@
+"""Knowledge bases: a folder of documents becomes a store, questions get answers with sources."""
