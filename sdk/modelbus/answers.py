@@ -10,6 +10,7 @@ import msgspec
 from modelbus_broker.calls import Answer, Restarted
 from modelbus_broker.messages import (
     Delta,
+    Document,
     Done,
     FinishReason,
     FunctionCall,
@@ -22,7 +23,7 @@ from modelbus_broker.messages import (
 )
 
 if TYPE_CHECKING:
-    from modelbus_broker.calls import Call
+    from .port import Answering
 
 
 class ChoiceAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +101,7 @@ class AnswerBuilder:
         self.labels: list[str] = []  #: of the dimensions, for classifications
         self._choices: dict[int, _Choice] = {}
         self._vectors: dict[int, bytes] = {}
+        self._pieces: list[bytes] = []
 
     def add(self, frame: Answer) -> None:
         match frame:
@@ -114,6 +116,8 @@ class AnswerBuilder:
                 self.dimensions = frame.dimensions
                 self.labels = frame.labels
                 self._vectors.update(enumerate(frame.data, frame.start))
+            case Document():
+                self._pieces.append(frame.data)
             case Started():
                 self.prompt_tokens = frame.prompt_tokens or self.prompt_tokens
             case Restarted():
@@ -130,6 +134,11 @@ class AnswerBuilder:
         return [self._vectors[index] for index in sorted(self._vectors)]
 
     @property
+    def document(self) -> bytes:
+        """The answer to a task whose answer is one encoded document."""
+        return b"".join(self._pieces)
+
+    @property
     def usage(self) -> Usage:
         return self.done.usage if self.done else Usage(prompt_tokens=self.prompt_tokens)
 
@@ -143,7 +152,7 @@ def floats(vector: bytes) -> list[float]:
     return numbers.tolist()
 
 
-async def collect(call: Call) -> AnswerBuilder:
+async def collect(call: Answering) -> AnswerBuilder:
     """Reads a call to its end. Raises what the call raises; cancelling it cancels the request on the bus."""
     builder = AnswerBuilder()
     async with call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,6 +21,10 @@ class BackgroundLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts a coroutine from another thread. Cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running())
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Waits for a coroutine's result. Ctrl-C cancels it, and gives it a moment to take its request back.
 
@@ -33,17 +37,7 @@ class BackgroundLoop:
                 "a blocking modelbus call was made on modelbus' own event loop, for instance in a callback: "
                 "use `modelbus.connect()` and await there"
             )
-        ended = threading.Event()
-        future = asyncio.run_coroutine_threadsafe(_until_ended(coroutine, ended), self._running())
-        try:
-            return future.result()
-        except CancelledError:
-            raise RuntimeError("the call was cancelled: modelbus was disconnected meanwhile") from None
-        except BaseException:
-            # The thread dies with the program, which may end now.
-            if future.cancel():
-                ended.wait(_CANCEL_S)
-            raise
+        return wait_for(self._running(), coroutine)
 
     def stop(self) -> None:
         """Ends the loop and its thread; the next ``run`` starts them again."""
@@ -62,6 +56,21 @@ class BackgroundLoop:
                 self._thread = threading.Thread(target=_serve, args=(self._loop,), name="modelbus", daemon=True)
                 self._thread.start()
             return self._loop
+
+
+def wait_for(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """A coroutine's result, from a loop that runs in another thread; see ``BackgroundLoop.run``."""
+    ended = threading.Event()
+    future = asyncio.run_coroutine_threadsafe(_until_ended(coroutine, ended), loop)
+    try:
+        return future.result()
+    except CancelledError:
+        raise RuntimeError("the call was cancelled: modelbus was disconnected meanwhile") from None
+    except BaseException:
+        # The thread dies with the program, which may end now.
+        if future.cancel():
+            ended.wait(_CANCEL_S)
+        raise
 
 
 async def _until_ended(coroutine: Coroutine[Any, Any, T], ended: threading.Event) -> T:

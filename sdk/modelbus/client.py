@@ -6,32 +6,20 @@ that waits for an answer cancels the request on the bus.
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
+from modelbus_broker.adapters import add_adapter, remove_adapter, resolve
 from modelbus_broker.asking import CallOptions
-from modelbus_broker.calls import Call
 from modelbus_broker.cancelling import cancel
 from modelbus_broker.connection import Bus
-from modelbus_broker.errors import BusUnavailable, InvalidRequest
+from modelbus_broker.errors import BusUnavailable, ModelNotFound
+from modelbus_broker.jobs import KEPT_S, Jobs, JobStatus
 from modelbus_broker.messages import (
+    AdapterRecord,
     Cancelled,
-    Chat,
-    ChatMessage,
-    Classification,
-    Delta,
-    Embedding,
-    FinishReason,
-    Sampling,
-    Score,
-    Task,
-    TokenLogprob,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
+    Capabilities,
 )
 from modelbus_broker.names import model_token
 from modelbus_broker.publisher import Publisher
@@ -40,183 +28,29 @@ from modelbus_broker.settings import BusSettings, bus_settings
 from modelbus_broker.topology import declare_bus, depths
 
 from . import deploying
-from .answers import AnswerBuilder, ChoiceAnswer, collect, floats
+from .answer_types import (
+    ChatAnswer,
+    answer_of,
+)
+from .hooks import JobCall
+from .jobs.batch import Batch, Progress, Row, RowOptions, map_rows, open_batch, submit_batch
+from .jobs.job import Job
+from .jobs.submitting import submit_job
+from .model_client import Messages, ModelClient, chat_task
 from .spec import DeploySpec
-from .stat import ModelInfo, ModelStat, model_info, stat_of
-
-#: A conversation: one user's text, typed messages, or mappings in the form of the OpenAI API.
-Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
+from .stat import ModelInfo, ModelStat, capabilities_of, model_info, stat_of
 
 
-class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer to a conversation."""
-
-    id: str
-    model: str
-    choices: list[ChoiceAnswer]
-    usage: Usage
-    time_cost_ms: float = 0.0  #: from the call to the last token
-
-    @property
-    def text(self) -> str:
-        """Of the first choice."""
-        return self.choices[0].text if self.choices else ""
-
-    @property
-    def reasoning(self) -> str:
-        return self.choices[0].reasoning if self.choices else ""
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.choices[0].finish_reason if self.choices else ""
-
-    @property
-    def tool_calls(self) -> list[ToolCall]:
-        return self.choices[0].tool_calls if self.choices else []
-
-
-class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """New output of one choice of a streamed answer."""
-
-    choice: int = 0
-    text: str = ""
-    position: int = 0  #: output tokens of this choice so far; 0 = not known
-    reasoning: str = ""
-    tool_calls: list[ToolCallDelta] = []
-    finish_reason: FinishReason = ""  #: set in the last delta of a choice
-    logprobs: list[TokenLogprob] = []
-    refusal: str = ""
-
-
-class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Vectors, in the order of the texts."""
-
-    id: str
-    model: str
-    vectors: list[list[float]]
-    dimensions: int
-    usage: Usage
-
-
-class RankedDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """A document, and how well it answers the query."""
-
-    index: int  #: among the documents that were given
-    score: float
-    text: str
-
-
-class Ranking(msgspec.Struct, frozen=True, kw_only=True):
-    """Documents, the best first."""
-
-    id: str
-    model: str
-    documents: list[RankedDocument]
-    usage: Usage
-
-
-class ClassifiedText(msgspec.Struct, frozen=True, kw_only=True):
-    """One text's class, and the probability of each."""
-
-    label: str
-    probabilities: dict[str, float]
-
-
-class ClassificationAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Classes, in the order of the texts."""
-
-    id: str
-    model: str
-    texts: list[ClassifiedText]
-    usage: Usage
-
-
-class ChatStream:
-    """A streamed answer: iterate it for its deltas.
-
-    Inside ``async with`` leaving early cancels the request at once; so does cancelling the task. ``usage`` and
-    ``answer`` are complete when the iteration has ended.
-    """
-
-    def __init__(self, publisher: Publisher, model: str, task: Chat, options: CallOptions) -> None:
-        self.model = model
-        self._publisher = publisher
-        self._task = task
-        self._options = options
-        self._call: Call | None = None
-        self._builder = AnswerBuilder()
-        self._started = time.monotonic()
-        self._deltas: AsyncIterator[ChatDelta] | None = None
-        self.first_token_ms = 0.0  #: from the call to the first output
-
-    @property
-    def id(self) -> str:
-        """Of the request; "" before it is queued."""
-        return self._call.id if self._call else ""
-
-    @property
-    def usage(self) -> Usage:
-        return self._builder.usage
-
-    @property
-    def answer(self) -> ChatAnswer:
-        """What has come so far, put together."""
-        elapsed_ms = (time.monotonic() - self._started) * 1000
-        return ChatAnswer(
-            id=self.id, model=self.model, choices=self._builder.choices, usage=self.usage, time_cost_ms=elapsed_ms
-        )
-
-    async def start(self) -> None:
-        """Queues the request; iterating does it too.
-
-        Raises:
-            ModelNotFound, ModelUnavailable, QueueFull, BusUnavailable: see the errors.
-        """
-        if self._call is None:
-            self._call = await self._publisher.submit(self.model, self._task, self._options)
-
-    async def aclose(self) -> None:
-        """Ends the request if it still runs."""
-        if self._call is not None:
-            await self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ChatDelta:
-        if self._deltas is None:
-            self._deltas = self._read()
-        return await anext(self._deltas)
-
-    async def _read(self) -> AsyncIterator[ChatDelta]:
-        await self.start()
-        assert self._call is not None
-        async with self._call as call:
-            async for batch in call.batches():
-                for frame in batch:
-                    self._builder.add(frame)
-                    if isinstance(frame, Delta):
-                        if not self.first_token_ms:
-                            self.first_token_ms = (time.monotonic() - self._started) * 1000
-                        yield _chat_delta(frame)
-
-
-class Client:
+class Client(ModelClient):
     """An open connection to the bus. Made by :func:`connect`."""
+
+    publisher: Publisher
 
     def __init__(self, bus: Bus, registry: Registry, publisher: Publisher) -> None:
         self.bus = bus
         self.registry = registry
         self.publisher = publisher
+        self.jobs = Jobs(publisher)  #: of anybody on this bus
 
     @classmethod
     async def open(cls, settings: BusSettings, *, declare: bool = False) -> Client:
@@ -253,114 +87,118 @@ class Client:
     ) -> None:
         await self.close()
 
-    async def chat(
-        self, model: str, messages: Messages, *, options: CallOptions | None = None, **fields: Any
-    ) -> ChatAnswer:
-        """The whole answer to a conversation.
-
-        Args:
-            model: its name on the bus.
-            messages: a text is one turn of the user.
-            options: budget, lane, tenant, ...
-            fields: fields of ``Sampling`` (``temperature=0``, ``max_tokens=10``) and of ``Chat``
-                (``tools=``, ``response_format=``); others go to the engine, which refuses what it does not know.
+    def capabilities(self, model: str) -> Capabilities:
+        """See :meth:`ModelClient.capabilities`; nothing is known, and all is off, while no worker is ready.
 
         Raises:
-            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+            ModelNotFound: it is not deployed.
         """
-        started = time.monotonic()
+        return capabilities_of(self.registry, model)
+
+    def revision(self, model: str) -> str:
+        """See :meth:`ModelClient.revision`. Raises ModelNotFound where an adapter is not known."""
+        name, record = resolve(self.registry, model)
+        revisions = sorted(f"{one.name}@{one.revision}" for one in self.registry.deployments_of(name))
+        return " ".join([*revisions, record.fingerprint if record is not None else ""]).strip()
+
+    # Durable work: see ``modelbus.jobs``
+
+    async def submit(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        kept_s: int = KEPT_S,
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
+        options: CallOptions | None = None,
+        **fields: Any,
+    ) -> Job[ChatAnswer]:
+        """Asks as :meth:`chat` does, but durably: from the return of this call on the answer needs neither this program
+        nor any one worker. ``await job`` here, or ``await client.job(job.id)`` in any other program, gives it.
+
+        Args:
+            kept_s: how long the answer is kept from its end on: 60 s to 30 days, 24 h if nothing is said.
+            name, labels: free; :meth:`find_jobs` shows them.
+            options: its ``budget_ms`` is how long the job may take, at most 24 h, which it is if nothing is said.
+
+        Raises:
+            ModelNotFound, QueueFull, BusUnavailable: it is not in the queue.
+            InvalidRequest: a field or a time is wrong.
+        """
         task = chat_task(messages, fields)
-        call = await self.publisher.publish(model, task, _plain(options))
-        builder = await collect(call)
-        return ChatAnswer(
-            id=call.id,
+        call = JobCall(
             model=model,
-            choices=builder.choices,
-            usage=builder.usage,
-            time_cost_ms=(time.monotonic() - started) * 1000,
+            task=task,
+            options=options or CallOptions(),
+            kept_s=kept_s,
+            name=name,
+            labels=dict(labels or {}),
         )
+        return self.job((await submit_job(self.jobs, call)).id)
 
-    def stream(
-        self, model: str, messages: Messages, *, options: CallOptions | None = None, **fields: Any
-    ) -> ChatStream:
-        """An answer as it comes; see ``chat`` for the arguments and :class:`ChatStream` for its use."""
-        return ChatStream(self.publisher, model, chat_task(messages, fields), options or CallOptions())
+    def job(self, job_id: str) -> Job[ChatAnswer]:
+        """The job of this id, whoever submitted it. Whether there is one shows when it is asked for something."""
+        return Job(self.jobs, job_id, answer_of)
 
-    async def embed(
+    async def find_jobs(
+        self, *, model: str = "", batch: str | None = None, tenant: str | None = None, limit: int = 100
+    ) -> list[JobStatus]:
+        """The newest jobs first, of anybody; see ``Jobs.find``."""
+        return await self.jobs.find(model=model, batch=batch, tenant=tenant, limit=limit)
+
+    async def batch(
         self,
         model: str,
-        texts: str | Sequence[str],
+        rows: Iterable[Messages],
         *,
-        dimensions: int | None = None,
+        name: str = "",
+        kept_s: int = KEPT_S,
         options: CallOptions | None = None,
-    ) -> EmbeddingAnswer:
-        """The vectors of texts.
-
-        Raises:
-            ModelBusError: one of its subclasses, see ``modelbus.errors``.
-        """
-        inputs: list[str | list[int]] = [texts] if isinstance(texts, str) else list(texts)
-        if not inputs:
-            raise InvalidRequest("there is no text to embed", param="input")
-        task: Task = Embedding(input=inputs, dimensions=dimensions)
-        call = await self.publisher.publish(model, task, _plain(options))
-        builder = await collect(call)
-        return EmbeddingAnswer(
-            id=call.id,
-            model=model,
-            vectors=[floats(vector) for vector in builder.vectors],
-            dimensions=builder.dimensions,
-            usage=builder.usage,
-        )
-
-    async def rerank(
-        self,
-        model: str,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_n: int | None = None,
-        options: CallOptions | None = None,
-    ) -> Ranking:
-        """The documents, those that answer the query best first.
+        **fields: Any,
+    ) -> Batch[ChatAnswer]:
+        """Submits a job for each row, in lane lo, and returns when all are in the queue.
 
         Args:
-            top_n: only so many of them; None: all.
+            name: under the same name the same rows are taken up and not asked again, also by another program; rows that
+                failed, or whose text has changed, are asked anew. ``open_batch(name)`` finds them.
 
         Raises:
-            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+            ModelBusError: as :meth:`submit`; a full queue is waited for.
         """
-        if not documents:
-            raise InvalidRequest("there is no document to rank", param="documents")
-        if top_n is not None and top_n < 1:
-            raise InvalidRequest(f"top_n must be at least 1, not {top_n}", param="top_n")
-        task = Score(queries=[query], documents=list(documents))
-        call = await self.publisher.publish(model, task, _plain(options))
-        builder = await collect(call)
-        scores = [floats(vector)[0] for vector in builder.vectors]
-        order = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
-        ranked = [RankedDocument(index=index, score=scores[index], text=documents[index]) for index in order]
-        return Ranking(id=call.id, model=model, documents=ranked, usage=builder.usage)
+        tasks = [chat_task(messages, fields) for messages in rows]
+        return await submit_batch(self.jobs, tasks, _rows(model, name, kept_s, options), answer_of)
 
-    async def classify(
-        self, model: str, texts: str | Sequence[str], *, options: CallOptions | None = None
-    ) -> ClassificationAnswer:
-        """The classes of texts.
+    async def open_batch(self, name: str) -> Batch[ChatAnswer]:
+        """The batch of this name, whoever submitted it. Raises NotFound."""
+        return await open_batch(self.jobs, name, answer_of)
+
+    async def map(
+        self,
+        model: str,
+        rows: Iterable[Messages],
+        *,
+        concurrency: int = 64,
+        progress: Callable[[Progress], None] | None = None,
+        name: str = "",
+        kept_s: int = KEPT_S,
+        options: CallOptions | None = None,
+        **fields: Any,
+    ) -> list[Row[ChatAnswer]]:
+        """Asks all rows, in lane lo, at most ``concurrency`` of them at a time, and returns what became of each, in order.
+
+        A row that fails has its error in its place. With a ``name`` a program that was killed goes on where it stopped.
+
+        Args:
+            progress: called after each row.
+            name: see :meth:`batch`. Without one the rows are taken back when this call is cancelled.
 
         Raises:
-            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+            InvalidRequest: a row or a field is wrong.
         """
-        inputs: list[str | list[int]] = [texts] if isinstance(texts, str) else list(texts)
-        if not inputs:
-            raise InvalidRequest("there is no text to classify", param="input")
-        call = await self.publisher.publish(model, Classification(input=inputs), _plain(options))
-        builder = await collect(call)
-        classified = []
-        for vector in builder.vectors:
-            probabilities = dict(zip(builder.labels, floats(vector), strict=True))
-            label = max(probabilities, key=lambda name: probabilities[name])
-            classified.append(ClassifiedText(label=label, probabilities=probabilities))
-        return ClassificationAnswer(id=call.id, model=model, texts=classified, usage=builder.usage)
+        tasks = [chat_task(messages, fields) for messages in rows]
+        row = _rows(model, name, kept_s, options)
+        return await map_rows(self.jobs, tasks, row, answer_of, concurrency=concurrency, progress=progress)
 
     async def cancel(self, request_id: str) -> Cancelled:
         """Cancels a request of anybody by its id; says what had become of it until then.
@@ -395,6 +233,26 @@ class Client:
         """
         await self.registry.refresh()
         return stat_of(self.registry, model)
+
+    async def adapters(self, model: str = "") -> list[AdapterRecord]:
+        """The adapters of a model, or of all: each is asked for as ``model:name``.
+
+        Raises:
+            ModelNotFound: it is not deployed.
+        """
+        await self.registry.refresh()
+        models = self.registry.models()
+        if model and model not in models:
+            raise ModelNotFound(f"the model {model!r} is not deployed", param="model")
+        return [record for name in models if model in ("", name) for record in self.registry.adapters_of(name).values()]
+
+    async def add_adapter(self, model: str, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
+        """See :func:`modelbus_broker.adapters.add_adapter`."""
+        return await add_adapter(self.bus, self.registry, model, name, path, replace=replace)
+
+    async def remove_adapter(self, model: str, name: str) -> None:
+        """See :func:`modelbus_broker.adapters.remove_adapter`."""
+        await remove_adapter(self.bus, self.registry, model, name)
 
     async def deploy(
         self, spec: DeploySpec, on_progress: deploying.Progress = deploying.no_progress
@@ -453,54 +311,5 @@ def connect(
     return Connecting(bus_settings(address, creds, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key))
 
 
-def chat_task(messages: Messages, fields: Mapping[str, Any]) -> Chat:
-    """A typed task of messages in any accepted form and of fields by name.
-
-    Raises:
-        InvalidRequest: a message or a field has the wrong type; ``param`` names it.
-    """
-    sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
-    chat = {name: value for name, value in fields.items() if name in _CHAT_FIELDS}
-    extra = {name: value for name, value in fields.items() if name not in _SAMPLING_FIELDS | _CHAT_FIELDS}
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = [sampling["stop"]]
-    if extra:
-        chat["extra"] = {**chat.get("extra", {}), **extra}
-    given: dict[str, Any] = {"type": "chat", "messages": _plain_messages(messages), "sampling": sampling, **chat}
-    try:
-        task = msgspec.convert(given, Chat)
-    except msgspec.ValidationError as error:
-        words, _, path = str(error).partition(" - at `$.")
-        raise InvalidRequest(str(error), param=path.rstrip("`").removeprefix("sampling.")) from error
-    if not task.messages:
-        raise InvalidRequest("the conversation is empty", param="messages")
-    return task
-
-
-def _plain(options: CallOptions | None) -> CallOptions:
-    """For a caller who gets the answer as a whole, which can therefore begin anew."""
-    return _PLAIN if options is None else msgspec.structs.replace(options, stream=False)
-
-
-_PLAIN = CallOptions(stream=False)
-_SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
-_CHAT_FIELDS = frozenset(Chat.__struct_fields__) - {"messages", "sampling"}
-
-
-def _plain_messages(messages: Messages) -> list[Any]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    return [msgspec.to_builtins(item) if isinstance(item, ChatMessage) else dict(item) for item in messages]
-
-
-def _chat_delta(frame: Delta) -> ChatDelta:
-    return ChatDelta(
-        choice=frame.choice,
-        text=frame.text,
-        position=frame.position,
-        reasoning=frame.reasoning,
-        tool_calls=frame.tool_calls,
-        finish_reason=frame.finish_reason,
-        logprobs=frame.logprobs,
-        refusal=frame.refusal,
-    )
+def _rows(model: str, name: str, kept_s: int, options: CallOptions | None) -> RowOptions:
+    return RowOptions(model=model, name=name, kept_s=kept_s, options=options or CallOptions(lane="lo"))

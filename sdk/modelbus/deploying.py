@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
+from modelbus_broker.adapters import forget_adapters
 from modelbus_broker.asking import CallOptions, smallest_task
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.dead import bury_waiting
@@ -29,7 +30,6 @@ from modelbus_broker.errors import (
 from modelbus_broker.messages import (
     Deployment,
     NodeRecord,
-    StartFailure,
     WorkerRecord,
     decode_claim,
     decode_deployment,
@@ -47,8 +47,8 @@ from modelbus_broker.sealing import seal
 from modelbus_broker.topology import declare_bus, declare_model, queued, remove_model, running
 
 from .answers import collect
+from .readiness import ready_workers, situation
 from .spec import DeploySpec, EngineChoice, engine_choice
-from .stat import worker_order
 
 if TYPE_CHECKING:
     from modelbus_broker.connection import Bus
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
 #: Takes one line for people each time something changes.
 Progress = Callable[[str], None]
 
-#: How long all nodes must go on saying no before a deploy believes them, seconds. While an older revision still
-#: runs its workers may hold the room that the new one needs.
-_REFUSED_S, _REFUSED_REDEPLOY_S = 3.0, 20.0
 #: While the workers of the revision before a failed one start again requests wait, at most so many seconds.
 _RESTORED_S = 300.0
 #: How long the workers of a taken back or undeployed deployment get to end beyond their drain time, seconds: more than
@@ -112,7 +109,7 @@ async def deploy(
     try:
         async with _written(bus, registry, wish, spec.timeout_s) as previous:
             async with asyncio.timeout(spec.timeout_s):
-                workers = await _ready(registry, wish, replaces=previous is not None, on_progress=on_progress)
+                workers = await ready_workers(registry, wish, replaces=previous is not None, on_progress=on_progress)
                 # Where an answer can go on after its worker is lost; workers and clients may not make consumers.
                 compats = sorted({worker.compat for worker in workers if worker.compat})
                 await declare_model(bus, spec.model, shares=spec.shares, compats=compats)
@@ -120,7 +117,7 @@ async def deploy(
                 await _try_request(publisher, wish, workers)
     except TimeoutError as error:
         raise DeploymentFailed(
-            f"{wish.name} was not ready after {spec.timeout_s:g} s: {_situation(wish, registry)}"
+            f"{wish.name} was not ready after {spec.timeout_s:g} s: {situation(wish, registry)}"
         ) from error
     await _forget_failures(bus, wish.name)
     return DeployResult(
@@ -175,6 +172,7 @@ async def undeploy(
         await _gone(bus, registry, deployment)
     dropped = await bury_waiting(bus, model)
     await remove_model(bus, model)
+    await forget_adapters(bus, model)
     for deployment in deployments:
         await _forget_failures(bus, deployment.name)
     return UndeployResult(model=model, deployments=sorted(item.name for item in deployments), dropped=dropped)
@@ -203,6 +201,7 @@ def _wish(spec: DeploySpec, choice: EngineChoice, nodes: Iterable[NodeRecord]) -
         drain_s=spec.drain_s,
         engine_stall_s=spec.engine_stall_s,
         orphan_grace_s=spec.orphan_grace_s,
+        exclusive=spec.exclusive,
         created_ms=time.time_ns() // 1_000_000,
     )
 
@@ -268,99 +267,6 @@ async def _take_back(bus: Bus, registry: Registry, wish: Deployment, previous: D
         if not [item for item in registry.deployments_of(wish.model) if item.name != wish.name]:
             await remove_model(bus, wish.model)
     await _forget_failures(bus, wish.name)
-
-
-async def _ready(registry: Registry, wish: Deployment, *, replaces: bool, on_progress: Progress) -> list[WorkerRecord]:
-    """Waits for N good workers of this revision; raises as soon as it is plain that they will not come."""
-    patience_s = _REFUSED_REDEPLOY_S if replaces else _REFUSED_S
-    refused_since: float | None = None
-    shown = ""
-    while True:
-        workers = _workers_of(registry, wish)
-        line = _situation(wish, registry)
-        if line != shown:
-            shown = line
-            on_progress(line)
-        ready = [worker for worker in workers if worker.state == "ok"]
-        if len({worker.replica for worker in ready}) >= wish.replicas:
-            return ready
-        verdict = why_not(wish, registry.nodes.values(), workers, registry.failures.values())
-        if verdict is None:
-            refused_since = None
-        elif type(verdict) is DeploymentFailed:
-            raise verdict
-        else:
-            refused_since = refused_since or time.monotonic()
-            if time.monotonic() - refused_since >= patience_s:
-                raise verdict
-        await registry.changed(0.5)
-
-
-def why_not(
-    wish: Deployment, nodes: Iterable[NodeRecord], workers: Iterable[WorkerRecord], failures: Iterable[StartFailure]
-) -> DeploymentFailed | None:
-    """Why the missing workers will not come: every node has failed to start one or has no room; None if one may yet."""
-    nodes = list(nodes)
-    coming = {worker.replica for worker in workers if worker.state in ("starting", "ok")}
-    if len(coming) >= wish.replicas:
-        return None
-    if not nodes:
-        return NoRoom("no node is running on this bus: start one with `modelbus start`")
-    failed = {
-        failure.node: failure.words
-        for failure in failures
-        if (failure.deployment, failure.revision) == (wish.name, wish.revision)
-    }
-    refused = {node.id: node.refused.get(f"{wish.name}.{wish.revision}", "") for node in nodes}
-    if not all(node.id in failed or refused[node.id] for node in nodes):
-        return None
-    hosts = {node.id: node.host or node.id for node in nodes}
-    words = [(hosts.get(node, node), text) for node, text in failed.items()]
-    short = [(hosts[node], text) for node, text in refused.items() if text and node not in failed]
-    if words:
-        return DeploymentFailed(_by_host(words + short))
-    return NoRoom(f"no node has room for {wish.replicas} worker(s) of {wish.name}: {_by_host(short, always=True)}")
-
-
-def _by_host(words: list[tuple[str, str]], *, always: bool = False) -> str:
-    texts = {text for _, text in words}
-    if len(texts) == 1 and not always:
-        return texts.pop()
-    return "; ".join(f"{host}: {text}" for host, text in sorted(words))
-
-
-def _workers_of(registry: Registry, wish: Deployment) -> list[WorkerRecord]:
-    return sorted(
-        (
-            worker
-            for worker in registry.workers.values()
-            if (worker.deployment, worker.revision) == (wish.name, wish.revision)
-        ),
-        key=worker_order,
-    )
-
-
-def _situation(wish: Deployment, registry: Registry) -> str:
-    """One line: how many are ready and what each of the others says."""
-    workers = _workers_of(registry, wish)
-    ready = sum(worker.state == "ok" for worker in workers)
-    said = [
-        f"worker {worker.replica} {worker.state}" + (f" ({worker.words})" if worker.words else "")
-        for worker in workers
-        if worker.state != "ok"
-    ]
-    said += [
-        f"no room on {node.host or node.id} ({words})"
-        for node in registry.nodes.values()
-        if (words := node.refused.get(f"{wish.name}.{wish.revision}", ""))
-    ]
-    said += [
-        f"failed on {failure.node} ({failure.words})"
-        for failure in registry.failures.values()
-        if (failure.deployment, failure.revision) == (wish.name, wish.revision)
-        and failure.node not in {worker.node for worker in workers if worker.state == "failed"}
-    ]
-    return ", ".join([f"{ready} of {wish.replicas} workers ready", *said])
 
 
 async def _try_request(publisher: Publisher, wish: Deployment, workers: list[WorkerRecord]) -> None:

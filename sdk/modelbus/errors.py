@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelbus_broker.errors import (
+    AdapterUnavailable,
     AnswerNotKept,
     AuthenticationFailed,
     BusUnavailable,
@@ -22,24 +23,29 @@ from modelbus_broker.errors import (
     ModelUnavailable,
     NoRoom,
     NotFound,
+    NotRecorded,
+    OutputError,
     PoisonRequest,
+    PromptError,
     QueueFull,
     RequestCancelled,
     RequestTooLarge,
     StreamCut,
     StreamMoved,
     StreamNotResumable,
+    TooManyRounds,
     UndeployRefused,
     UnsupportedField,
+    UnsupportedHere,
     UpstreamFailed,
     WorkerLost,
 )
 
 __all__ = [
-    "AnswerNotKept", "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict",
+    "AdapterUnavailable", "AnswerNotKept", "AuthenticationFailed", "BusUnavailable", "ConfigurationError", "Conflict",
     "ContextLengthExceeded", "DeadlineExceeded", "DeploymentFailed", "EmbeddedServerFailed", "EngineFailed",
     "GatewayStopping", "InvalidRequest", "KeyReused", "MissingExtra", "ModelBusError", "ModelNotFound",
-    "ModelUnavailable", "NoRoom", "NotFound", "PoisonRequest", "QueueFull", "RequestCancelled", "RequestTooLarge",
-    "StreamCut", "StreamMoved", "StreamNotResumable", "UndeployRefused", "UnsupportedField", "UpstreamFailed",
-    "WorkerLost",
+    "ModelUnavailable", "NoRoom", "NotFound", "NotRecorded", "OutputError", "PoisonRequest", "PromptError",
+    "QueueFull", "RequestCancelled", "RequestTooLarge", "StreamCut", "StreamMoved", "StreamNotResumable",
+    "TooManyRounds", "UndeployRefused", "UnsupportedField", "UnsupportedHere", "UpstreamFailed", "WorkerLost",
 ]  # fmt: skip

@@ -58,6 +58,7 @@ class DeploySpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 25.0  #: a worker that is stopped finishes what it can for so long, then hands over
     engine_stall_s: float = 60.0  #: a worker whose engine makes no step for so long while requests run ends; 0: never
     orphan_grace_s: float = 30.0  #: a stream runs on for so long when its gateway is gone
+    exclusive: bool = False  #: never two workers of a replica at once, not even while one replaces the other
 
     @property
     def deployment(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+from modelbus_broker.adapters import resolve
 from modelbus_broker.errors import ModelNotFound
-from modelbus_broker.messages import Deployment, WorkerRecord
+from modelbus_broker.messages import Capabilities, Deployment, WorkerRecord
 
 if TYPE_CHECKING:
     from modelbus_broker.registry import Registry
@@ -103,3 +104,37 @@ def stat_of(registry: Registry, model: str) -> ModelStat:
     if not registry.deployments_of(model):
         raise ModelNotFound(f"model {model!r} is not deployed; `modelbus models` lists those that are")
     return model_stat(registry.workers_of(model), now_ms=time.time_ns() // 1_000_000)
+
+
+def capabilities_of(registry: Registry, model: str) -> Capabilities:
+    """What all ready workers of a model can do, which is what any request to it, or to an adapter of it, can rely on.
+
+    Raises:
+        ModelNotFound: no deployment serves it, or it has no such adapter.
+    """
+    model = resolve(registry, model).model
+    if not registry.deployments_of(model):
+        raise ModelNotFound(f"model {model!r} is not deployed; `modelbus models` lists those that are")
+    return shared_capabilities([worker.capabilities for worker in registry.workers_of(model)])
+
+
+def shared_capabilities(each: Sequence[Capabilities]) -> Capabilities:
+    """What all of them have: the least of each; nothing of nobody."""
+    if not each:
+        return Capabilities(streaming=False)
+    first = each[0]
+    if all(other == first for other in each[1:]):
+        return first
+    shared: dict[str, Any] = {}
+    for name in Capabilities.__struct_fields__:
+        values = [getattr(capabilities, name) for capabilities in each]
+        if isinstance(values[0], bool):
+            shared[name] = all(values)
+        elif isinstance(values[0], int):
+            shared[name] = min((value for value in values if value), default=0)
+        elif name == "extra_fields":
+            lists = [value for value in values if "*" not in value]
+            shared[name] = [field for field in lists[0] if all(field in value for value in lists)] if lists else ["*"]
+        else:
+            shared[name] = [item for item in values[0] if all(item in value for value in values)]
+    return Capabilities(**shared)

@@ -5,106 +5,39 @@ All objects share one connection on one background loop; they may be used from a
 
 from __future__ import annotations
 
-import atexit
-import os
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from modelbus_broker.errors import ConfigurationError, InvalidRequest, ModelBusError
-from modelbus_broker.settings import BusSettings, bus_settings
+from modelbus_broker.errors import ConfigurationError, InvalidRequest
+from modelbus_broker.jobs import KEPT_S
+from modelbus_broker.messages import AdapterRecord, Ladder
 
-from .background import BackgroundLoop
-from .client import ChatAnswer, ChatStream, Client, Messages
+from .answer_types import ChatAnswer
 from .deploying import DeployResult
+from .jobs import Progress, Row
+from .jobs.blocking import BlockingJob, job
+from .model_client import Messages
+from .responses import (
+    LLMClassResponse,
+    LLMFunctionCallResponse,
+    LLMRequest,
+    LLMResponse,
+    SingleOutputMeta,
+    call_response,
+    class_response,
+    last_turn,
+    metadata_of,
+)
+from .shared import asked, background, connected, shared_client
 from .spec import DeploySpec
 from .stat import ModelStat
+from .streams import ChatStream
 
-_background = BackgroundLoop()
-_lock = threading.Lock()
-_client: Client | None = None
-_client_pid = 0
-_settings: BusSettings | None = None
+if TYPE_CHECKING:
+    from .tools import ToolLike, ToolSet
 
-
-@dataclass(frozen=True)
-class LLMResponse:
-    """One answer.
-
-    ``metadata`` has request_id, input_tokens_count, generated_tokens_count, time_cost and first_token_time (ms),
-    speed (output tokens/s), prob, finish_reason and reasoning_content.
-    """
-
-    output: Any  #: text, or the vector of an embedding
-    input: Any  #: the last user's turn, or the text that was embedded
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LLMRequest:
-    """What to embed: a text or several."""
-
-    instruction: str | list[str]
-    embedding: bool = False
-
-
-@dataclass(frozen=True)
-class SingleOutputMeta:
-    """What is known beside the text of a streamed answer so far."""
-
-    input_tokens_count: int = 0
-    generated_tokens_count: int = 0
-    reasoning_content: str = ""
-    finish_reason: str = ""
-    first_token_time: float = 0.0  #: ms
-    request_id: str = ""
-
-
-def connect_cluster(address: str = "auto", creds: str = "") -> None:
-    """Connects this process to the bus; everything in it shares the connection. Does nothing when connected there.
-
-    Args:
-        address: ``nats://HOST:PORT``; "auto" is MODELBUS_ADDRESS, else the bus of `modelbus start` on this host.
-        creds: path of a credential file.
-
-    Raises:
-        BusUnavailable: nothing says where the bus is, or it does not answer.
-        AuthenticationFailed: it refuses the credentials.
-    """
-    global _client, _client_pid, _settings
-    settings = bus_settings(address, creds)
-    with _lock:
-        if _client is not None and _client_pid == os.getpid():
-            if settings == _settings:
-                return
-            _background.run(_client.close())
-            _client = None
-        _client = _background.run(Client.open(settings))
-        _client_pid, _settings = os.getpid(), settings
-
-
-def disconnect() -> None:
-    """Cancels what still runs, closes the connection and ends the background loop."""
-    global _client
-    with _lock:
-        client, _client = _client, None
-        if client is not None and _client_pid == os.getpid():
-            with suppress(ModelBusError):
-                _background.run(client.close())
-            _background.stop()
-
-
-atexit.register(disconnect)
-
-
-def _connected() -> Client:
-    if _client is None or _client_pid != os.getpid():
-        connect_cluster()
-    assert _client is not None
-    return _client
+T = TypeVar("T")
 
 
 class LLM:
@@ -126,7 +59,7 @@ class LLM:
     def from_default_model(cls, model: str, auto_connect_cluster: bool = True) -> LLM:
         """A client of one model; with ``auto_connect_cluster`` it connects now and not on first use."""
         if auto_connect_cluster:
-            _connected()
+            asked()
         return cls(model)
 
     def setup_default_model_name(self, model: str) -> LLM:
@@ -139,46 +72,93 @@ class LLM:
 
     # Asking
 
+    @overload
+    def chat_oai(
+        self, conversations: Messages, *, response_class: type[T], model: str | None = None,
+        llm_config: Mapping[str, Any] | None = None, response_after_chat: bool = False,
+        only_return_prompt: Literal[False] = False, extra_request_params: Mapping[str, Any] | None = None,
+    ) -> list[LLMClassResponse[T]]: ...  # fmt: skip
+    @overload
+    def chat_oai(
+        self, conversations: Messages, *, tools: Sequence[ToolLike | ToolSet], tool_choice: ToolLike | str | None = None,
+        execute_tool: bool = False, func_params: Mapping[str, Any] | None = None, model: str | None = None,
+        llm_config: Mapping[str, Any] | None = None, only_return_prompt: Literal[False] = False,
+        extra_request_params: Mapping[str, Any] | None = None,
+    ) -> list[LLMFunctionCallResponse]: ...  # fmt: skip
+    @overload
+    def chat_oai(
+        self, conversations: Messages, *, model: str | None = None, llm_config: Mapping[str, Any] | None = None,
+        only_return_prompt: bool = False, extra_request_params: Mapping[str, Any] | None = None,
+    ) -> list[LLMResponse]: ...  # fmt: skip
     def chat_oai(
         self,
         conversations: Messages,
         *,
         model: str | None = None,
         llm_config: Mapping[str, Any] | None = None,
+        response_class: type[T] | None = None,
+        response_after_chat: bool = False,
+        tools: Sequence[ToolLike | ToolSet] = (),
+        tool_choice: ToolLike | str | None = None,
+        execute_tool: bool = False,
+        func_params: Mapping[str, Any] | None = None,
         only_return_prompt: bool = False,
         extra_request_params: Mapping[str, Any] | None = None,
-    ) -> list[LLMResponse]:
+    ) -> list[LLMResponse] | list[LLMClassResponse[T]] | list[LLMFunctionCallResponse]:
         """The whole answer to a conversation; one item per choice.
 
         Args:
             conversations: messages in the form of the OpenAI API; a string is one turn of the user.
             model: "" or None is the default.
             llm_config: ``temperature``, ``top_p``, ``max_length``, ``stop``, ... with or without ``gen.``.
+            response_class: the answer becomes an object of this class, in ``value``; any type of a prompt function's
+                return annotation will do.
+            response_after_chat: with ``response_class``: the model writes freely first.
+            tools: functions that the model may call; see ``modelbus.tools``.
+            tool_choice: one of them, or its name: that one is called; ``required``: one of them is.
+            execute_tool: they are called, and ``values`` has what they return; an exception that one raises is raised
+                here. Without it ``calls`` has what the model wants to be called.
+            func_params: values of the functions' parameters that the model is not told of (``Injected``).
             only_return_prompt: do not ask; the item has the input and no output.
             extra_request_params: more fields for the engine.
 
         Raises:
+            InvalidRequest: ``response_class`` and ``tools`` are given both.
+            OutputError: the answer does not become an object of the class, or a call; it carries the model's words.
             ModelBusError: one of its subclasses, see ``modelbus.errors``.
         """
         name = self._model(model)
-        said = _last_turn(conversations)
+        said = last_turn(conversations)
+        fields = request_fields(llm_config, extra_request_params)
+        if response_class is not None and tools:
+            raise InvalidRequest("chat_oai takes response_class or tools, not both", param="tools")
         if only_return_prompt:
             return [LLMResponse(output="", input=said)]
-        stream = _connected().stream(name, conversations, **request_fields(llm_config, extra_request_params))
-        answer = _background.run(_read_all(stream))
+        if tools:
+            from .tools import ToolSet
+
+            choice = tool_choice
+            if choice is not None and not isinstance(choice, str):
+                (choice,) = ToolSet(choice).names
+            calling = call_response(
+                asked(), name, conversations, tools,
+                choice=choice, execute=execute_tool, inject=func_params, fields=fields,
+            )  # fmt: skip
+            return [background.run(calling)]
+        if response_class is not None:
+            ladder = Ladder(reason_first=response_after_chat)
+            return [background.run(class_response(asked(), name, conversations, response_class, fields, ladder))]
+        stream = asked().stream(name, conversations, **fields)
+        answer = background.run(stream.read())
         return [
             LLMResponse(
                 output=choice.text,
                 input=said,
                 metadata={
-                    "request_id": answer.id,
-                    "input_tokens_count": answer.usage.prompt_tokens,
-                    "generated_tokens_count": answer.usage.completion_tokens,
-                    "time_cost": answer.time_cost_ms,
-                    "first_token_time": stream.first_token_ms,
-                    "speed": answer.usage.completion_tokens / max(answer.time_cost_ms / 1000, 1e-6),
+                    **metadata_of(
+                        answer.id, answer.usage, answer.time_cost_ms, stream.first_token_ms, choice.finish_reason
+                    ),
                     "prob": sum(logprob.logprob for logprob in choice.logprobs) if choice.logprobs else -1.0,
-                    "finish_reason": choice.finish_reason,
                     "reasoning_content": choice.reasoning,
                 },
             )
@@ -213,11 +193,11 @@ class LLM:
         delta_mode: bool = False,
         extra_request_params: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[tuple[str, SingleOutputMeta]]:
-        """As ``stream_chat_oai``, on the caller's event loop, over a connection of its own."""
+        """As ``stream_chat_oai``, on the caller's event loop."""
         fields = request_fields(llm_config, extra_request_params)
-        async with await Client.open(_settings or bus_settings()) as client:
-            async for item in _items(client.stream(self._model(model), conversations, **fields), delta_mode):
-                yield item
+        client = await shared_client()
+        async for item in _items(client.stream(self._model(model), conversations, **fields), delta_mode):
+            yield item
 
     def emb(self, model: str | None, request: LLMRequest | str | Sequence[LLMRequest | str]) -> list[LLMResponse]:
         """The vectors of texts, one item per text, all in one request.
@@ -232,7 +212,7 @@ class LLM:
             said = item.instruction if isinstance(item, LLMRequest) else item
             texts += [said] if isinstance(said, str) else said
         started = time.monotonic()
-        answer = _background.run(_connected().embed(name, texts))
+        answer = background.run(asked().embed(name, texts))
         metadata = {
             "request_id": answer.id,
             "input_tokens_count": answer.usage.prompt_tokens,
@@ -247,6 +227,49 @@ class LLM:
     def emb_query(self, query: str, model: str | None = None) -> list[LLMResponse]:
         """The vector of one text."""
         return self.emb(model, query)
+
+    # Durable work: see ``modelbus.jobs``
+
+    def submit(
+        self,
+        conversations: Messages,
+        *,
+        model: str | None = None,
+        llm_config: Mapping[str, Any] | None = None,
+        kept_s: int = KEPT_S,
+        name: str = "",
+    ) -> BlockingJob[ChatAnswer]:
+        """Asks durably: from the return of this call on the answer needs neither this program nor any one worker.
+
+        ``modelbus.job(id).result()`` gives it, here or in any other program; see :meth:`Client.submit`.
+        """
+        fields = request_fields(llm_config)
+        asking = connected().submit(self._model(model), conversations, kept_s=kept_s, name=name, **fields)
+        return job(background.run(asking).id)
+
+    def map(
+        self,
+        rows: Iterable[Messages],
+        *,
+        model: str | None = None,
+        llm_config: Mapping[str, Any] | None = None,
+        concurrency: int = 64,
+        progress: Callable[[Progress], None] | None = None,
+        name: str = "",
+    ) -> list[Row[ChatAnswer]]:
+        """Asks all rows and returns what became of each, in order; see :meth:`Client.map`.
+
+        ``progress`` is called on modelbus' own thread.
+        """
+        asking = connected().map(
+            self._model(model),
+            rows,
+            concurrency=concurrency,
+            progress=progress,
+            name=name,
+            **request_fields(llm_config),
+        )
+        return background.run(asking)
 
     # Deploying
 
@@ -296,7 +319,7 @@ class LLM:
             infer_params=params,
             **self._deploy,
         )
-        return _background.run(_connected().deploy(spec))
+        return background.run(connected().deploy(spec))
 
     def undeploy(self, udf_name: str, force: bool = False) -> None:
         """Takes a model down; ``force`` drops requests that still wait.
@@ -305,14 +328,26 @@ class LLM:
             ModelNotFound: it is not deployed.
             UndeployRefused: requests wait.
         """
-        _background.run(_connected().undeploy(udf_name, drop=force))
+        background.run(connected().undeploy(udf_name, drop=force))
 
     def is_model_exist(self, udf_name: str) -> bool:
-        return any(info.model == udf_name for info in _background.run(_connected().models()))
+        return any(info.model == udf_name for info in background.run(connected().models()))
+
+    def adapters(self, model: str = "") -> list[AdapterRecord]:
+        """The adapters of a model, or of all: each is asked for as ``model:name``."""
+        return background.run(connected().adapters(model))
+
+    def add_adapter(self, model: str, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
+        """Makes the adapter in a folder of the workers' hosts known as ``model:name``; see ``Client.add_adapter``."""
+        return background.run(connected().add_adapter(model, name, path, replace=replace))
+
+    def remove_adapter(self, model: str, name: str) -> None:
+        """Takes an adapter's name away; requests that run with it end with it."""
+        background.run(connected().remove_adapter(model, name))
 
     def stat(self, model: str | None = None) -> ModelStat:
         """How busy the workers of a model are."""
-        return _background.run(_connected().stat(self._model(model)))
+        return background.run(connected().stat(self._model(model)))
 
     def _set(self, **fields: Any) -> LLM:
         self._deploy.update(fields)
@@ -333,7 +368,7 @@ class LLM:
         extra: Mapping[str, Any] | None,
     ) -> AsyncIterator[tuple[str, SingleOutputMeta]]:
         fields = request_fields(llm_config, extra)
-        return _items(_connected().stream(self._model(model), conversations, **fields), delta_mode)
+        return _items(asked().stream(self._model(model), conversations, **fields), delta_mode)
 
 
 #: The seed's name for the same thing.
@@ -363,13 +398,6 @@ def request_fields(llm_config: Mapping[str, Any] | None, extra: Mapping[str, Any
             raise InvalidRequest(f"llm_config gives {name} twice, once as {key}", param=name)
         fields[name] = value
     return fields
-
-
-async def _read_all(stream: ChatStream) -> ChatAnswer:
-    async with stream:
-        async for _ in stream:
-            pass
-        return stream.answer
 
 
 async def _items(stream: ChatStream, delta_mode: bool) -> AsyncIterator[tuple[str, SingleOutputMeta]]:
@@ -410,18 +438,7 @@ def _blocking(reader: AsyncIterator[tuple[str, SingleOutputMeta]]) -> Iterator[t
         await reader.aclose()  # type: ignore[attr-defined]  # it is a generator of ours
 
     try:
-        while (item := _background.run(following())) is not None:
+        while (item := background.run(following())) is not None:
             yield item
     finally:
-        _background.run(close())
-
-
-def _last_turn(conversations: Messages) -> str:
-    if isinstance(conversations, str):
-        return conversations
-    for item in reversed(conversations):
-        role = item.get("role") if isinstance(item, Mapping) else item.role
-        if role == "user":
-            content = item.get("content") if isinstance(item, Mapping) else item.text()
-            return content if isinstance(content, str) else str(content or "")
-    return ""
+        background.run(close())

@@ -7,8 +7,8 @@ import math
 
 import modelbus
 import pytest
-from modelbus.client import chat_task
 from modelbus.errors import BusUnavailable, InvalidRequest, ModelNotFound, ModelUnavailable
+from modelbus.model_client import chat_task
 from modelbus_broker.messages import Deployment
 from modelbus_broker.topology import depths
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from modelbus.deploying import why_not
 from modelbus.errors import DeploymentFailed, NoRoom
+from modelbus.readiness import why_not
 from modelbus_broker.messages import Deployment, NodeRecord, StartFailure, WorkerRecord
 
 WISH = Deployment(name="chat", model="chat", engine="echo", revision="r2", replicas=2)

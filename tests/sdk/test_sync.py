@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 
 import modelbus
 import pytest
 from modelbus.background import BackgroundLoop
-from modelbus.errors import ConfigurationError, InvalidRequest, ModelNotFound
+from modelbus.errors import ConfigurationError, InvalidRequest, ModelNotFound, OutputError
 from modelbus.sync import request_fields
+from modelbus.testing import ScriptedAnswer, ScriptedCall, ScriptedModel, stand_in
 
 from tests.helpers.cluster import Cluster
 
@@ -89,6 +91,51 @@ async def test_texts_and_requests_become_one_vector_each(cluster: Cluster) -> No
     assert [answer.input for answer in answers] == ["a", "b", "c", "a"]
     assert [len(answer.output) for answer in answers] == [4, 4, 4, 4]
     assert answers[0].output == answers[3].output
+
+
+@dataclasses.dataclass
+class Story:
+    """A story."""
+
+    title: str
+    pages: int
+
+
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+def fail(reason: str) -> str:
+    """Fails."""
+    raise LookupError(reason)
+
+
+def test_answers_become_objects_and_calls_of_functions() -> None:
+    call = ScriptedAnswer(tool_calls=[ScriptedCall(name="add", arguments={"a": 1, "b": 2})])
+    wrong = ScriptedAnswer(tool_calls=[ScriptedCall(name="fail", arguments={"reason": "gone"})])
+    model = ScriptedModel('{"title": "T", "pages": 3}', call, call, wrong, "no need", "none")
+    llm = modelbus.LLM("chat")
+
+    with stand_in(model):
+        (story,) = llm.chat_oai("a story", response_class=Story, llm_config={"max_length": 50})
+        assert story.value == Story("T", 3)
+        assert (story.response.output, story.metadata["rung"]) == ('{"title": "T", "pages": 3}', "native")
+        assert model.last.chat.sampling.max_tokens == 50
+        assert METADATA < set(story.metadata)
+
+        (called,) = llm.chat_oai("1 + 2?", tools=[add, fail], tool_choice=add, execute_tool=True)
+        assert (called.values, called.calls[0].function.name) == ([3], "add")
+        (wanted,) = llm.chat_oai("1 + 2?", tools=[add])
+        assert (wanted.values, len(wanted.calls)) == ([], 1)
+        with pytest.raises(LookupError, match="gone"):
+            llm.chat_oai("fail", tools=[add, fail], execute_tool=True)
+        (answered,) = llm.chat_oai("hello", tools=[add], execute_tool=True)
+        assert (answered.values, answered.response.output) == ([], "no need")
+        with pytest.raises(InvalidRequest, match="not both"):
+            llm.chat_oai("x", response_class=Story, tools=[add])  # type: ignore[call-overload]
+    with stand_in(ScriptedModel("no", "no", "no")), pytest.raises(OutputError):
+        llm.chat_oai("a story", response_class=Story)
 
 
 async def test_it_works_in_a_thread_whose_own_loop_runs(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from modelbus_broker.adapters import resolve
 from modelbus_broker.errors import ModelBusError, ModelNotFound, StreamCut
 from modelbus_broker.messages import Chat, ChatMessage, Completion, Delta, Embedding, Task
 
@@ -55,7 +56,8 @@ async def _query(address: str, creds: str, model: str, text: str, output_file: P
     _finish(answer, output_file)
 
 
-def _task(now: Session, model: str, text: str) -> Task:
+def _task(now: Session, name: str, text: str) -> Task:
+    model = resolve(now.registry, name).model
     if model not in now.registry.models():
         known = ", ".join(now.registry.models()) or "none"
         raise ModelNotFound(f"the model {model!r} is not deployed (deployed: {known})")

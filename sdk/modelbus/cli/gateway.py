@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
@@ -34,37 +36,53 @@ class PortRange(click.IntRange):
 @click.option("--allowed-methods", multiple=True, help="CORS; default *.")
 @click.option("--allowed-headers", multiple=True, help="CORS; default *.")
 @click.option("--allow-credentials", is_flag=True, help="CORS: cookies from other origins.")
+@click.option("--allow-adapter-updates", is_flag=True, help="Clients may add and remove adapters.")
+@click.option("--embedding-model", default="", help="Of vector stores that name none (default: searched by words).")
+@click.option("--rewrite-model", default="", help="Chat model for searches with rewrite_query.")
+@click.option("--search-service", default="", help="In which vector stores are made (default: storage).")
+@click.option("--files-root", default="", help="Folder or s3://BUCKET/PREFIX for uploads of more than 64 MiB.")
+@click.option("--max-file-mb", type=float, help="Largest file there, MiB (default: 512).")
+@click.option("--max-body-mb", type=float, help="Largest request body, MiB (default: 64).")
+@click.option("--prices", default="", help="JSON file with what tokens cost, for the metrics.")
+@click.option("--client-stall", type=float, help="Cut a client that takes nothing for so many seconds (default: 60).")
+@click.option("--headers-after", type=float, help="A stream's headers wait so many seconds (default: 0.5).")
+@click.option("--orphan-grace", type=float, help="Seconds that a stream goes on without its client (default: 30).")
+@click.option("--shutdown-grace", type=float, help="Seconds for running requests after SIGTERM (default: 30).")
 @click.option("--ssl-keyfile", default="", help="TLS key, PEM.")
 @click.option("--ssl-certfile", default="", help="TLS certificate chain, PEM.")
 @click.option("--uvicorn-log-level", "--log-level", "log_level", default="info", show_default=True)
 @click.option("--template", "--prompt-template", "template", default="auto", hidden=True)
+@click.option("--tls-ca", default="", help="Certificate authority of the bus, PEM.")
+@click.option("--tls-cert", default="", help="Client certificate for the bus, PEM.")
+@click.option("--tls-key", default="", help="Its key, PEM.")
 @bus_options
-def serve(
-    host: str, port: int, processes: int, api_key: str, served_model_name: tuple[str, ...], response_role: str,
-    allowed_origins: tuple[str, ...], allowed_methods: tuple[str, ...], allowed_headers: tuple[str, ...],
-    allow_credentials: bool, ssl_keyfile: str, ssl_certfile: str, log_level: str, template: str, address: str, creds: str,
-) -> None:  # fmt: skip
+def serve(api_key: str, template: str, **settings: Any) -> None:
     """Serve the models to OpenAI clients over HTTP, in the foreground."""
     if template != "auto":
         raise click.UsageError("--template: the model's own chat template is used; leave the flag out")
-    arguments = ["--host", host, "--port", str(port), "--processes", str(processes)]
-    arguments += ["--response-role", response_role, "--log-level", log_level]
-    for flag, value in (
-        ("--ssl-keyfile", ssl_keyfile), ("--ssl-certfile", ssl_certfile), ("--address", address), ("--creds", creds),
-    ):  # fmt: skip
-        arguments += [flag, value] if value else []
-    for flag, values in (
-        ("--served-model-name", served_model_name), ("--allowed-origins", allowed_origins),
-        ("--allowed-methods", allowed_methods), ("--allowed-headers", allowed_headers),
-    ):  # fmt: skip
-        arguments += [flag, *values] if values else []
-    arguments += ["--allow-credentials"] if allow_credentials else []
     environment = dict(os.environ)
     if api_key and "MODELBUS_API_KEY" not in environment:
         # Not as an argument: those can be read by everybody on the host.
         environment["MODELBUS_API_KEY"] = api_key
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "modelbus_gateway", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "modelbus_gateway", *gateway_arguments(settings)], environment)
+
+
+def gateway_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """The command line of the gateway's process: it has the same flags, and its own defaults for what is not given."""
+    arguments: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        match value:
+            case None | "" | False | ():
+                pass
+            case True:
+                arguments.append(flag)
+            case tuple():
+                arguments += [flag, *value]
+            case _:
+                arguments += [flag, str(value)]
+    return arguments
 
 
 @click.command(cls=SeedCommand)

@@ -11,12 +11,14 @@ from typing import Any
 import click
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_BUS, EXIT_NOT_FOUND = 1, 2, 3, 4
+#: Done, but for parts of what was given, which were named.
+EXIT_INCOMPLETE = 5
 
 #: Module of each command; a module is imported when its command is used.
 COMMANDS = {
     "start": "hosts", "stop": "hosts", "status": "hosts",
     "deploy": "models", "undeploy": "models", "models": "models", "stat": "models", "logs": "models",
-    "query": "ask", "cancel": "cancel", "dead": "dead", "serve": "gateway", "version": "gateway", "completion": "gateway",
+    "adapters": "adapters", "storage": "storage", "doc": "doc", "query": "ask", "cancel": "cancel", "jobs": "jobs", "dead": "dead", "serve": "gateway", "version": "gateway", "completion": "gateway",
 }  # fmt: skip
 
 
