@@ -19,6 +19,7 @@ from modelbus_workers.ledger import Ledger
 
 from tests.helpers.asking import usage_events
 from tests.helpers.bus_nodes import BusNodes
+from tests.helpers.hosts import freeze
 
 CONSUMER = f"{names.STREAM_HI}.{names.consumer_name('m', 'hi', 0)}"
 
@@ -87,7 +88,7 @@ async def test_what_is_disowned_while_it_is_booked_is_waste_and_keeps_its_messag
     messages = await pulled(bus, 2)
     ledger = Ledger(bus)
     ledger.start()
-    os.kill(server.pid, signal.SIGSTOP)
+    freeze(server.pid)
     for n, message in enumerate(messages):
         ledger.book(event(n), message.ack_subject)
     await asyncio.sleep(0.3)  # the events are on their way
@@ -127,7 +128,7 @@ async def test_an_acknowledgement_that_dies_with_a_server_is_said_again(tmp_path
             messages = await pulled(bus, 3)
             ledger = Ledger(bus, events=False)
             ledger.start()
-            os.kill(lost.pid, signal.SIGSTOP)
+            freeze(lost.pid)
             for n, message in enumerate(messages):
                 ledger.book(event(n), message.ack_subject)
             await asyncio.sleep(0.5)  # they are in the hands of the server that dies now

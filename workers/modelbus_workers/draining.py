@@ -7,14 +7,12 @@ all frames before it, to publish the next attempt with the tokens so far. Nothin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
 
 from modelbus_broker import names
-from modelbus_broker.errors import ModelBusError
 
 from .execution import Execution
 from .intake import Intake
@@ -97,8 +95,8 @@ class Draining:
             key = names.run_key(execution.request.id, execution.run)
             if execution.handed_over and key in self._intake.outbox.rings:
                 # Its publisher is gone or cut off. Another worker gets the message now, not after its ack wait.
-                with contextlib.suppress(ModelBusError):
-                    await self._intake.bus.publish(execution.pulled.ack_subject, b"-NAK")
+                await self._intake.give_again(execution)
+        await self._intake.settle(ABORT_S)
 
 
 def exit_after(seconds: float) -> None:

@@ -7,11 +7,13 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from modelbus.tracing import Trace
 from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, RequestCancelled, WorkerLost
 from modelbus_broker.messages import (
     Delta,
+    Document,
     Done,
     Request,
     Started,
@@ -22,13 +24,17 @@ from modelbus_broker.messages import (
 )
 from modelbus_broker.pulling import Pulled
 
-from .engines.base import Engine, EngineOutput, Finished, Output, Prompt, VectorBatch
+from .engines.base import Attempted, Encoded, EngineOutput, Finished, Output, Prompt, VectorBatch
 from .engines.base import Run as EngineRun
+from .forms import Forms
 from .outbox import Outbox, Ring
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger(__name__)
 
-VECTOR_FRAME_BYTES = 512 << 10
+FRAME_BYTES = 512 << 10
 #: A request with less time left than this has a timer of its own.
 TIMER_S = 30.0
 _FRAMES_BEFORE_OUTPUT = 2
@@ -43,11 +49,13 @@ class Execution:
         counts: False once another run of the request counts: it says nothing more and never acknowledges.
         handed_over: another worker goes on; its publisher, and not this worker, lets the message go.
         asks: it waits for its publisher's word before it starts.
+        counted: its start is counted in the bucket ``runs``.
+        error: what it ended with; ``retryable``: another try may do better.
     """
 
     __slots__ = (
-        "asks", "began", "cancelled", "counts", "deadline", "entered", "expired", "failure", "go", "handed_over", "pulled", "request", "ring",
-        "run", "seq", "started_at",
+        "asks", "began", "cancelled", "counted", "counts", "deadline", "entered", "error", "expired", "failure", "go",
+        "handed_over", "pulled", "request", "retryable", "ring", "run", "seq", "span", "started_at", "trace",
         "state", "stop_reason", "task",
     )  # fmt: skip
 
@@ -67,7 +75,12 @@ class Execution:
         self.handed_over = False
         self.stop_reason = ""
         self.failure = ""  #: the error that it ended with, in words
+        self.error: ModelBusError | None = None
+        self.retryable = False
         self.counts = True
+        self.counted = False
+        self.trace = Trace(request.traceparent, request.tracestate)  #: of the run, where it is traced
+        self.span: Span | None = None
         self.asks = False
         self.go: asyncio.Future[bool] | None = None
         self.task: asyncio.Task[None] | None = None
@@ -118,8 +131,8 @@ class Execution:
         return RequestCancelled(self.stop_reason), "cancelled"
 
 
-async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outbox) -> tuple[Usage, str, str]:
-    """Runs a request on the engine and sends its frames, the last one included.
+async def execute(execution: Execution, task: Task, forms: Forms, outbox: Outbox) -> tuple[Usage, str, str]:
+    """Runs a request on the engine behind ``forms`` and sends its frames, the last one included.
 
     Returns:
         (usage, outcome, code): what the usage event says; see ``UsageEvent`` for the outcomes.
@@ -136,7 +149,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
     if execution.deadline - loop.time() < TIMER_S:
         timer = loop.call_at(execution.deadline, execution.expire)
     try:
-        finished = await _pump(execution, engine.answer(task, _engine_run(execution)), outbox, usage)
+        finished = await _pump(execution, forms.answer(task, _engine_run(execution)), outbox, usage)
     except asyncio.CancelledError:
         if not execution.cancelled:
             raise
@@ -160,6 +173,9 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
                     engine_ms=(time.monotonic() - execution.started_at) * 1000,
                     upstream_model=finished.upstream_model,
                     system_fingerprint=finished.system_fingerprint,
+                    rung=finished.rung,
+                    attempts=finished.attempts,
+                    grounding=finished.grounding,
                 ),
             )
         return finished.usage, "done", ""
@@ -167,7 +183,7 @@ async def execute(execution: Execution, task: Task, engine: Engine, outbox: Outb
         if timer is not None:
             timer.cancel()
     execution.state = "ended"
-    execution.failure = error.message
+    execution.failure, execution.error, execution.retryable = error.message, error, retry
     spent = usage.usage()
     if execution.counts:
         frame = error.failed(
@@ -187,7 +203,8 @@ def _engine_run(execution: Execution) -> EngineRun:
         emitted_chars=request.emitted_chars,
         prompt_tokens=request.prompt_tokens,
         stream=request.stream,
-        traceparent=request.traceparent,
+        traceparent=execution.trace.traceparent,
+        tracestate=execution.trace.tracestate,
         adapter=request.adapter,
         fail_fast=request.fail_fast,
     )
@@ -196,9 +213,10 @@ def _engine_run(execution: Execution) -> EngineRun:
 class _Counter:
     """What a run has used so far, for runs that end without the engine's own count."""
 
-    __slots__ = ("positions", "prompt_tokens")
+    __slots__ = ("attempted", "positions", "prompt_tokens")
 
     def __init__(self, request: Request) -> None:
+        self.attempted: Usage | None = None  #: of all attempts, where there are several
         self.prompt_tokens = request.prompt_tokens
         self.positions = [len(ids) for ids in request.output_token_ids]
 
@@ -211,6 +229,8 @@ class _Counter:
         return positions[output.choice]
 
     def usage(self) -> Usage:
+        if self.attempted is not None:
+            return self.attempted
         return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=sum(self.positions), estimated=True)
 
 
@@ -246,8 +266,13 @@ async def _pump(
                 case VectorBatch():
                     if execution.counts:
                         _send_vectors(execution, output, outbox)
+                case Encoded():
+                    if execution.counts:
+                        _send_document(execution, output.data, outbox)
                 case Prompt():
                     counter.prompt_tokens = output.tokens
+                case Attempted():
+                    counter.attempted = output.usage
                 case Finished():
                     finished = output
     if finished is None:
@@ -257,7 +282,7 @@ async def _pump(
 
 def _send_vectors(execution: Execution, batch: VectorBatch, outbox: Outbox) -> None:
     """Results in frames of at most half a MiB."""
-    per_frame = max(1, VECTOR_FRAME_BYTES // (4 * max(1, batch.dimensions)))
+    per_frame = max(1, FRAME_BYTES // (4 * max(1, batch.dimensions)))
     for at in range(0, len(batch.data), per_frame):
         outbox.send(
             execution.ring,
@@ -273,6 +298,13 @@ def _send_vectors(execution: Execution, batch: VectorBatch, outbox: Outbox) -> N
         )
 
 
+def _send_document(execution: Execution, data: bytes, outbox: Outbox) -> None:
+    for at in range(0, len(data), FRAME_BYTES):
+        piece = data[at : at + FRAME_BYTES]
+        document = Document(id=execution.request.id, run=execution.run, seq=execution.next_seq(), data=piece)
+        outbox.send(execution.ring, document)
+
+
 def usage_event(
     execution: Execution, *, deployment: str, usage: Usage, outcome: str, code: str, queue_ms: float
 ) -> UsageEvent:
@@ -285,6 +317,7 @@ def usage_event(
         model=request.model,
         deployment=deployment,
         tenant=request.tenant,
+        adapter=request.adapter.name if request.adapter is not None else "",
         usage=usage,
         outcome=outcome if execution.counts else "waste",
         code=code,

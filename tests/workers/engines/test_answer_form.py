@@ -61,7 +61,7 @@ def schema(schema: dict[str, Any]) -> dict[str, Any]:
 class Vocabulary:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.grammars = Grammars(self.tokenizer, 49152, frozenset({2}))
+        self.grammars = Grammars.of_tokenizer(self.tokenizer, 49152, frozenset({2}))
         self.tokens = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
 
     def constraint(self, form: AnswerForm) -> Constraint:

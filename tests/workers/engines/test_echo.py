@@ -28,7 +28,9 @@ async def started(**params: str) -> EchoEngine:
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
-    "params", [{}, {"interval_ms": "1"}, {"chunk": "2"}, {"tokens": "500"}, {"context_length": "1000"}], ids=str
+    "params",
+    [{}, {"interval_ms": "1"}, {"chunk": "2"}, {"tokens": "500"}, {"context_length": "1000"}, {"adapters": "true"}],
+    ids=str,
 )
 async def test_echo_keeps_the_contract(check: contract.Check, params: dict[str, str]) -> None:
     await check(await started(**params))
@@ -168,7 +170,7 @@ async def test_a_start_can_be_told_to_fail() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"speed": "9"}, "no parameter speed; known are: block_on, chunk, context_length"),
+        ({"speed": "9"}, "no parameter speed; known are: adapters, block_on, chunk, context_length"),
         ({"tokens": "many"}, "parameter tokens .* Expected `int`"),
         ({"fail": "sometimes"}, "never, always, first:N or every:N"),
         ({"fail_code": "bad_luck"}, "no error code 'bad_luck'"),

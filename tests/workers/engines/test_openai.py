@@ -130,6 +130,29 @@ async def test_headers_and_body_fields_of_the_deployment_are_sent(
     assert provider.headers[-1]["OpenAI-Organization"] == "o-1"
 
 
+async def test_the_provider_gets_the_trace_context_of_the_run_and_nothing_that_is_none(
+    engine: OpenAIEngine, provider: Provider
+) -> None:
+    def sent() -> dict[str, str]:
+        return {name.lower(): value for name, value in provider.headers[-1].items() if name.lower().startswith("trace")}
+
+    parent, state = f"00-{'ab' * 16}-{'cd' * 8}-01", "vendor=1,other=x"
+    await ask(engine, chat("hi"), traceparent=parent, tracestate=state)
+    assert sent() == {"traceparent": parent, "tracestate": state}
+    await ask(engine, Completion(prompt=["hi"]), traceparent=parent, tracestate="line\r\nbreak: x")
+    assert sent() == {"traceparent": parent}
+    for malformed in ("", "mine", parent.upper(), f"00-{'0' * 32}-{'cd' * 8}-01", f"{parent}\r\nX-Evil: 1"):
+        await ask(engine, chat("hi"), traceparent=malformed, tracestate=state)
+        assert sent() == {}
+
+    async def vector(request: web.Request, number: int) -> web.StreamResponse:
+        return web.json_response({"data": [{"index": 0, "embedding": [1.0]}]})
+
+    provider.script = vector
+    await ask(engine, Embedding(input=["1"]), traceparent=parent)
+    assert sent() == {"traceparent": parent}
+
+
 async def test_azure_has_its_own_address_and_header(provider: Provider, engines: list[OpenAIEngine]) -> None:
     base = provider.url.removesuffix("/v1")
     engine = make(

@@ -1,17 +1,19 @@
 """The port of an engine: the one thing to write when a new kind of model shall run behind the bus.
 
 An engine is made with an ``EngineConfig``, started once, and then asked for answers by methods named after the
-task (``chat``, ``completion``, ``embedding``, ``score``, ``classification``), each an async generator of typed outputs. The worker cancels the
+task (``chat``, ``completion``, ``embedding``, ``score``, ``classification``, ``decision``, ``storage``), each an async generator of typed outputs. The worker cancels the
 task that iterates a generator to abort it: an engine must stop its work when its generator is closed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from importlib.metadata import entry_points
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 from modelbus_broker.asking import smallest_task
@@ -22,14 +24,21 @@ from modelbus_broker.messages import (
     Chat,
     Classification,
     Completion,
+    Decision,
     Embedding,
     FinishReason,
+    Grounding,
+    Rung,
     Score,
+    Storage,
     Task,
     TokenLogprob,
     ToolCallDelta,
     Usage,
 )
+from modelbus_broker.settings import BusSettings
+
+from .adapters import AdapterReader
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 0  #: 0: the engine's own number
     gpus: tuple[int, ...] = ()
     cpus: float = 0.0
+    bus: BusSettings | None = None  #: that the worker is on, for engines that ask other models
 
     def __repr__(self) -> str:
         shown = {k: "***" if k in self.secret_params else v for k, v in self.params.items()}
@@ -58,7 +68,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     emitted_chars: list[int] = []  #: per choice: characters the client has; output starts after them
     prompt_tokens: int = 0  #: of the first attempt, 0 if this is it
     stream: bool = True
-    traceparent: str = ""
+    traceparent: str = ""  #: of the run's span, or of who asked where the worker traces nothing
+    tracestate: str = ""
     adapter: Adapter | None = None  #: only for engines whose capabilities have ``adapters``
     fail_fast: bool = False  #: other workers may do it: further tries of what can be retried are left to them
 
@@ -98,15 +109,30 @@ class VectorBatch(msgspec.Struct, frozen=True, kw_only=True):
     labels: list[str] = []  #: of the dimensions, for classifications
 
 
+class Encoded(msgspec.Struct, frozen=True):
+    """An answer that is one encoded document, such as the reply of a search service."""
+
+    data: bytes
+
+
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
     """The last output of every answer."""
 
     usage: Usage
     upstream_model: str = ""
     system_fingerprint: str = ""
+    rung: Rung | Literal[""] = ""  #: how a form that was asked for was come by; "": none was asked for
+    attempts: int = 0  #: how often the model was asked for it
+    grounding: Grounding | None = None  #: what an answer out of documents was made of
 
 
-EngineOutput = Prompt | Output | VectorBatch | Finished
+class Attempted(msgspec.Struct, frozen=True, kw_only=True):
+    """What attempts have used whose output nobody is shown; it takes the place of what was said of it before."""
+
+    usage: Usage
+
+
+EngineOutput = Prompt | Output | VectorBatch | Encoded | Finished | Attempted
 
 
 class Engine(ABC):
@@ -129,6 +155,8 @@ class Engine(ABC):
         self.config = config
         #: Counts engine steps; see ``counts_steps``.
         self.steps = 0
+        self._adapter_reader = AdapterReader(config.model)
+        self._one_reads = asyncio.Lock()
 
     @classmethod
     def missing(cls) -> str:
@@ -167,16 +195,36 @@ class Engine(ABC):
         async for _ in self.answer(task, Run(id="self-test", stream=False)):
             pass
 
+    async def check_adapter(self, adapter: Adapter) -> str:
+        """The fingerprint of an adapter's files, if it can be laid over the model; only with ``adapters``.
+
+        Raises:
+            AdapterUnavailable: why it cannot, and on which host; or its files are not those that it names.
+        """
+        async with self._one_reads:
+            return await asyncio.to_thread(self._adapter_reader.fingerprint, adapter)
+
     def answer(self, task: Task, run: Run) -> AsyncIterator[EngineOutput]:
-        """The answer to any task, by the method of its kind.
+        """The answer to any task, by the method of its kind. An adapter that it names is checked first.
 
         Raises:
             UnsupportedField: the request names an adapter and the engine takes none.
         """
-        if run.adapter is not None and not self.capabilities().adapters:
+        if run.adapter is None:
+            return self._by_kind(task, run)
+        if not self.capabilities().adapters:
             raise UnsupportedField(
                 f"model {self.config.model!r} takes no adapters{self.adapters_need}", param="adapter"
             )
+        return self._with_adapter(task, run, run.adapter)
+
+    async def _with_adapter(self, task: Task, run: Run, adapter: Adapter) -> AsyncIterator[EngineOutput]:
+        await self.check_adapter(adapter)
+        async with aclosing(self._by_kind(task, run)) as outputs:  # type: ignore[type-var]  # all are async generators
+            async for output in outputs:
+                yield output
+
+    def _by_kind(self, task: Task, run: Run) -> AsyncIterator[EngineOutput]:
         match task:
             case Chat():
                 return self.chat(task, run)
@@ -188,6 +236,10 @@ class Engine(ABC):
                 return self.score(task, run)
             case Classification():
                 return self.classification(task, run)
+            case Decision():
+                return self.decision(task, run)
+            case Storage():
+                return self.storage(task, run)
 
     def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         raise UnsupportedField(f"model {self.config.model!r} does not serve chat", param="model")
@@ -203,6 +255,15 @@ class Engine(ABC):
 
     def classification(self, task: Classification, run: Run) -> AsyncIterator[EngineOutput]:
         raise UnsupportedField(f"model {self.config.model!r} does not classify texts", param="model")
+
+    def storage(self, task: Storage, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(f"model {self.config.model!r} is no search service", param="model")
+
+    def decision(self, task: Decision, run: Run) -> AsyncIterator[EngineOutput]:
+        raise UnsupportedField(
+            f"model {self.config.model!r} gives no log probabilities of labels, which decisions are made of",
+            param="model",
+        )
 
     def metrics(self) -> str:
         """What the engine counts itself, in Prometheus's text format; called in the event loop now and then."""

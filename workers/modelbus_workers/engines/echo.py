@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -20,20 +19,22 @@ from modelbus.testing.echo import (
     count_tokens,
     echo_answer,
     echo_classes,
+    echo_label,
     echo_logprob,
     echo_score,
     echo_vector,
     token_id,
 )
-from modelbus_broker.errors import ConfigurationError, ModelBusError, error_of
+from modelbus.testing.faults import Turns, error_named
+from modelbus_broker.errors import ConfigurationError
 from modelbus_broker.messages import (
     Capabilities,
     Chat,
     ChatMessage,
     Classification,
     Completion,
+    Decision,
     Embedding,
-    Failed,
     Sampling,
     Score,
     TextPart,
@@ -51,7 +52,6 @@ _STEP_S = 1.0
 #: Before the process dies or stands still: no engine does so in the turn of the event loop in which it gets a request,
 #: and what was said until then, `started` at least, has reached the bus.
 _LAST_FRAMES_S = 0.05
-_FAIL = re.compile(r"never|always|(?P<how>first|every):(?P<count>[1-9][0-9]*)")
 
 
 class EchoSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +65,7 @@ class EchoSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 1024
     dimensions: int = 64  #: of embeddings
     context_length: int = 0  #: tokens; 0: no limit
+    adapters: bool = False  #: requests may name adapters; an answer with one begins with its name in brackets
     start_delay_ms: float = 0.0
     start_error: str = ""  #: the start fails with these words
     fail: str = "never"  #: never, always, first:N, every:N (requests)
@@ -81,12 +82,13 @@ class EchoEngine(Engine):
 
     name = "echo"
     counts_steps = True
+    adapters_need = ": it needs adapters=true"
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.settings = read_params(EchoSettings, config.params, engine=self.name)
         _check(self.settings)
-        self._requests = 0
+        self._failures = Turns("fail", self.settings.fail)
         self._clock = _Clock()
 
     async def start(self) -> None:
@@ -97,7 +99,7 @@ class EchoEngine(Engine):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            tasks=["chat", "completion", "embedding", "score", "classification"], can_continue=True, vision=True, audio=True, files=True,
+            tasks=["chat", "completion", "embedding", "score", "classification", "decision"], can_continue=True, prefill=True, adapters=self.settings.adapters, vision=True, audio=True, files=True,
             logprobs=True, n=True, seed=True, token_prompts=True, context_length=self.settings.context_length,
             dimensions=self.settings.dimensions, extra_fields=["*"],
         )  # fmt: skip
@@ -119,12 +121,14 @@ class EchoEngine(Engine):
     def chat(self, task: Chat, run: Run) -> AsyncIterator[EngineOutput]:
         said = next((_said(message) for message in reversed(task.messages) if message.role == "user"), "")
         prompt_tokens = sum(count_tokens(_said(message)) for message in task.messages)
-        texts = [self.settings.text or said]
-        return self._answer(texts, said, prompt_tokens, task.sampling, run)
+        text = _adapted(run, self.settings.text or said)
+        if task.messages and task.messages[-1].role == "assistant":  # it is gone on with, not answered
+            text = text.removeprefix(_said(task.messages[-1]))
+        return self._answer([text], said, prompt_tokens, task.sampling, run)
 
     def completion(self, task: Completion, run: Run) -> AsyncIterator[EngineOutput]:
         prompts = [p if isinstance(p, str) else " ".join(map(str, p)) for p in task.prompt]
-        texts = [self.settings.text or prompt for prompt in prompts]
+        texts = [_adapted(run, self.settings.text or prompt) for prompt in prompts]
         prompt_tokens = sum(map(count_tokens, prompts))
         prefixes = prompts if task.echo else ()
         return self._answer(texts, "\n".join(prompts), prompt_tokens, task.sampling, run, prefixes)
@@ -143,6 +147,13 @@ class EchoEngine(Engine):
         yield VectorBatch(start=0, dimensions=1, data=[echo_score(*pair) for pair in pairs])
         tokens = sum(count_tokens(query) + count_tokens(document) for query, document in pairs)
         yield Finished(usage=Usage(prompt_tokens=tokens))
+
+    async def decision(self, task: Decision, run: Run) -> AsyncIterator[EngineOutput]:
+        said = _said(task.messages[-1]) if task.messages else ""
+        await self._wait_or_fail(said, run)
+        for index, label in enumerate(task.labels):
+            yield Output(choice=index, tokens=0, finish_reason="stop", logprobs=echo_label(label, said))
+        yield Finished(usage=Usage(prompt_tokens=sum(count_tokens(_said(message)) for message in task.messages)))
 
     async def classification(self, task: Classification, run: Run) -> AsyncIterator[EngineOutput]:
         await self._wait_or_fail("\n".join(text for text in task.input if isinstance(text, str)), run)
@@ -215,15 +226,7 @@ class EchoEngine(Engine):
 
     def _fails(self, run: Run) -> bool:
         """Counts the request and says whether its turn to fail has come."""
-        if run.id == "self-test":
-            return False
-        self._requests += 1
-        match = _FAIL.fullmatch(self.settings.fail)
-        assert match is not None
-        if match["how"] is None:
-            return self.settings.fail == "always"
-        count = int(match["count"])
-        return self._requests <= count if match["how"] == "first" else self._requests % count == 0
+        return run.id != "self-test" and self._failures.next()
 
     async def _misbehave(self, said: str, fails: bool) -> None:
         if self.settings.hang_on and self.settings.hang_on in said:
@@ -236,7 +239,7 @@ class EchoEngine(Engine):
             await asyncio.sleep(_LAST_FRAMES_S)
             os._exit(86)
         if fails:
-            raise _failure(self.settings)
+            raise error_named(self.settings.fail_code, self.settings.fail_text)
 
     async def _pause(self, until: float) -> None:
         """Waits until this event-loop time; a time that has passed costs nothing."""
@@ -305,6 +308,10 @@ class _Clock:
                 sleeper.set_result(None)
 
 
+def _adapted(run: Run, text: str) -> str:
+    return text if run.adapter is None else f"[{run.adapter.name}] {text}"
+
+
 def _said(message: ChatMessage) -> str:
     """The text of a message; a part that is no text leaves its type in brackets."""
     if isinstance(message.content, list):
@@ -315,16 +322,8 @@ def _said(message: ChatMessage) -> str:
     return message.content or ""
 
 
-def _failure(settings: EchoSettings) -> ModelBusError:
-    frame = Failed(id="", run="", seq=0, code=settings.fail_code, message=settings.fail_text, status=0)
-    return error_of(frame)
-
-
 def _check(settings: EchoSettings) -> None:
-    if not _FAIL.fullmatch(settings.fail):
-        raise ConfigurationError(f"parameter fail is never, always, first:N or every:N, not {settings.fail!r}")
-    if _failure(settings).code != settings.fail_code:
-        raise ConfigurationError(f"parameter fail_code: there is no error code {settings.fail_code!r}")
+    error_named(settings.fail_code, settings.fail_text)
     for name in ("delay_ms", "interval_ms", "chunk", "tokens", "start_delay_ms", "fail_after", "context_length"):
         if getattr(settings, name) < 0:
             raise ConfigurationError(f"parameter {name} must not be negative")

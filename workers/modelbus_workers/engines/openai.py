@@ -1,7 +1,7 @@
 """The engine ``openai``: models of any provider or server that speaks the OpenAI protocol.
 
-The pieces: ``presets`` (who is where), ``openai_wire`` (what is said), ``openai_client`` (how it is carried),
-``openai_errors`` (what may go wrong). This file puts them together behind the port.
+The pieces: ``presets`` (who is where), ``openai_bodies``, ``openai_wire`` and ``openai_lists`` (what is said),
+``openai_client`` (how it is carried), ``openai_errors`` (what may go wrong). This file puts them together behind the port.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
+from modelbus.token_estimate import estimate_prompt
+from modelbus.tracing import Trace
 from modelbus_broker.errors import (
     ConfigurationError,
     DeploymentFailed,
@@ -24,20 +26,14 @@ from modelbus_broker.errors import (
 from modelbus_broker.messages import Capabilities, Chat, ChatMessage, Completion, Embedding, Sampling, Usage
 
 from .base import Engine, EngineConfig, EngineOutput, Finished, Run, VectorBatch
+from .openai_bodies import chat_body, completion_body, embedding_body
 from .openai_client import Endpoint, Upstream, checked_url, shown_url
 from .openai_errors import Secrets, TryAgain, failure_in_stream
-from .openai_wire import (
-    AnswerReader,
-    chat_body,
-    completion_body,
-    decode_chunk,
-    decode_embeddings,
-    embedding_body,
-    pieces,
-)
+from .openai_lists import decode_embeddings
+from .openai_probe import Served, probe
+from .openai_wire import AnswerReader, decode_chunk, pieces
 from .params import read_params
 from .presets import PRESETS, Preset, preset_for
-from .token_estimate import estimate_prompt
 
 _SLOTS = 64
 _AZURE_VERSION = "2024-10-21"
@@ -100,6 +96,7 @@ class OpenAIEngine(Engine):
         self._model = self.settings.azure_deployment or self.settings.model
         self._models: dict[str, int] = {}
         self._dimensions = 0
+        self._served = Served()
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -119,6 +116,8 @@ class OpenAIEngine(Engine):
                 self._model = next(iter(self._models))
             if not self._model:
                 raise ConfigurationError(f"parameter model is missing{self._listed()}")
+            if self._preset.probes:
+                self._served = await probe(self._upstream, self._model)
         except BaseException:
             await self._upstream.close()
             raise
@@ -131,8 +130,9 @@ class OpenAIEngine(Engine):
         tasks = [self._task]
         if self._task == "chat" and self._preset.completions:
             tasks.append("completion")
+        tasks = self._served.tasks or tasks
         return Capabilities(
-            tasks=tasks, vision=True, audio=True, files=True, tools=True, json_object=True, json_schema=True,
+            tasks=tasks, vision=True, audio=True, files=True, tools=self._served.tools, native_tools=self._served.tools, json_object=True, json_schema=True,
             logprobs=True, n=self._preset.n, seed=True, penalties=True, logit_bias=True, token_prompts=True,
             context_length=self._context_length, extra_fields=["*"],
         )  # fmt: skip
@@ -183,7 +183,9 @@ class OpenAIEngine(Engine):
             while True:
                 body = self._extra_body | embedding_body(part, self._model, self._preset)
                 try:
-                    document = await self._upstream.post("/embeddings", body, run.deadline, fail_fast=run.fail_fast)
+                    document = await self._upstream.post(
+                        "/embeddings", body, run.deadline, fail_fast=run.fail_fast, headers=_trace_headers(run)
+                    )
                     break
                 except InvalidRequest as error:
                     if not self._learn(error, body):
@@ -211,7 +213,7 @@ class OpenAIEngine(Engine):
             body = self._body(task)
             told = False
             try:
-                async with aclosing(self._one_try(path, body, task)) as outputs:
+                async with aclosing(self._one_try(path, body, task, run)) as outputs:
                     async for output in outputs:
                         told = True
                         yield output
@@ -226,10 +228,10 @@ class OpenAIEngine(Engine):
                 await self._upstream.wait(again, tries, run.deadline, fail_fast=run.fail_fast)
 
     async def _one_try(
-        self, path: str, body: Mapping[str, Any], task: Chat | Completion
+        self, path: str, body: Mapping[str, Any], task: Chat | Completion, run: Run
     ) -> AsyncGenerator[EngineOutput, None]:
         reader = AnswerReader(task, context_length=self._context_length)
-        async with aclosing(self._upstream.documents(path, body)) as documents:
+        async with aclosing(self._upstream.documents(path, body, headers=_trace_headers(run))) as documents:
             try:
                 while not reader.has_last_usage:
                     async with asyncio.timeout(_USAGE_WAIT_S if reader.complete else None):
@@ -298,6 +300,8 @@ class OpenAIEngine(Engine):
     def _task(self) -> str:
         if self.settings.task:
             return self.settings.task
+        if self._served.tasks:
+            return self._served.tasks[0]
         name = self._model.lower().rpartition("/")[2]
         return "embedding" if any(sign in name for sign in _EMBEDDING_NAMES) else "chat"
 
@@ -305,6 +309,10 @@ class OpenAIEngine(Engine):
         while True:
             await asyncio.sleep(1.0)
             self.steps += 1
+
+
+def _trace_headers(run: Run) -> dict[str, str]:
+    return Trace(run.traceparent, run.tracestate).headers()
 
 
 def _error(failed: ModelBusError | TryAgain) -> ModelBusError:

@@ -17,7 +17,7 @@ import msgspec
 from modelbus_broker.errors import ConfigurationError, ModelBusError, StreamCut, UpstreamFailed
 
 from .openai_errors import Secrets, TryAgain, failure, failure_in_stream
-from .openai_wire import decode_models
+from .openai_lists import decode_models
 from .sse import EventParser
 
 log = logging.getLogger(__name__)
@@ -111,11 +111,28 @@ class Upstream:
                 raise
         return {}
 
+    async def description(self) -> bytes:
+        """The OpenAPI document of a server that has one, above its ``/v1``; one try.
+
+        Raises:
+            TryAgain, ModelBusError: there is none.
+        """
+        assert self._session is not None, "the upstream is not open"
+        root = msgspec.structs.replace(self.endpoint, base_url=self.endpoint.base_url.removesuffix("/v1"))
+        async with _Response(self._session, root, self.secrets, "GET", "/openapi.json", None) as reader:
+            return await reader.rest(b"")
+
     async def post(
-        self, path: str, body: Mapping[str, Any], deadline: float = float("inf"), *, fail_fast: bool = False
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        deadline: float = float("inf"),
+        *,
+        fail_fast: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The whole answer to a body, retried; see ``wait``."""
-        return await self.retried(lambda: self._whole("POST", path, body), deadline, fail_fast=fail_fast)
+        """The whole answer to a body, retried; see ``wait``. ``headers`` are those of this call alone."""
+        return await self.retried(lambda: self._whole("POST", path, body, headers), deadline, fail_fast=fail_fast)
 
     async def retried(
         self, attempt: Callable[[], Awaitable[T]], deadline: float = float("inf"), *, fail_fast: bool = False
@@ -148,7 +165,9 @@ class Upstream:
         log.warning("try %d failed, the next one in %.1f s: %s", tries, delay, error)
         await asyncio.sleep(delay)
 
-    async def documents(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+    async def documents(
+        self, path: str, body: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """One try: the JSON documents of a streamed answer, or the one of an answer that is not streamed.
 
         Closing the iterator closes the connection at once.
@@ -157,7 +176,7 @@ class Upstream:
             TryAgain: the connection failed or the provider said that it is its own fault.
             ModelBusError: a further try makes no sense.
         """
-        async with self._response("POST", path, body) as reader:
+        async with self._response("POST", path, body, headers) as reader:
             head = b""
             while len(head) < 64 and b"\n" not in head and (data := await reader.read()):
                 head = (head + data).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -195,16 +214,20 @@ class Upstream:
                     raise TryAgain(StreamCut("the provider's answer ended in the middle of an event"))
                 yield document
 
-    async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
-        async with self._response(method, path, body) as reader:
+    async def _whole(
+        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        async with self._response(method, path, body, headers) as reader:
             document = await reader.rest(b"")
         if not document.lstrip().startswith((b"{", b"[")):
             raise self._garbage(document)
         return document
 
-    def _response(self, method: str, path: str, body: Mapping[str, Any] | None) -> _Response:
+    def _response(
+        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None = None
+    ) -> _Response:
         assert self._session is not None, "the upstream is not open"
-        return _Response(self._session, self.endpoint, self.secrets, method, path, body)
+        return _Response(self._session, self.endpoint, self.secrets, method, path, body, headers)
 
     def _garbage(self, data: bytes) -> UpstreamFailed:
         shown = self.secrets.hide(data[:300].decode("utf-8", "replace")).strip()
@@ -226,9 +249,11 @@ class _Response:
         method: str,
         path: str,
         body: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._session, self._endpoint, self._secrets = session, endpoint, secrets
         self._method, self._path, self._body = method, path, body
+        self._headers = dict(headers or {}) if body is None else {"Content-Type": "application/json", **(headers or {})}
         self._response: aiohttp.ClientResponse | None = None
         self._reader: _Reader | None = None
 
@@ -249,7 +274,7 @@ class _Response:
                     end.base_url + self._path,
                     params=dict(end.query) or None,
                     data=None if self._body is None else msgspec.json.encode(self._body),
-                    headers=None if self._body is None else {"Content-Type": "application/json"},
+                    headers=self._headers,
                     proxy=end.proxy or None,
                     allow_redirects=False,  # a key goes where the deployment says, nowhere else
                 )

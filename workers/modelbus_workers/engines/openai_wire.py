@@ -1,4 +1,4 @@
-"""The OpenAI protocol as pure functions: request bodies out, chunks of answers in.
+"""The OpenAI protocol as pure functions: the chunks of answers to chats and completions.
 
 Decoding is lenient where providers are careless (missing indices, ``null`` lists, usage in odd places) and strict
 where it matters: what is no completion is an error, and every choice needs a finish reason.
@@ -7,19 +7,16 @@ where it matters: what is no completion is an error, and every choice needs a fi
 from __future__ import annotations
 
 import json
-import struct
-from base64 import b64decode
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from modelbus.token_estimate import estimate_prompt, estimate_text
 from modelbus_broker.errors import UpstreamFailed
 from modelbus_broker.messages import (
     Chat,
     Completion,
-    Embedding,
     FinishReason,
-    Sampling,
     TokenLogprob,
     ToolCallDelta,
     TopLogprob,
@@ -27,8 +24,6 @@ from modelbus_broker.messages import (
 )
 
 from .base import Output
-from .presets import Preset
-from .token_estimate import estimate_prompt, estimate_text
 
 #: What providers say at the end of a choice, and what it means; other words mean that something went wrong.
 _FINISH: dict[str, FinishReason] = {
@@ -48,64 +43,6 @@ _CHUNKS_PER_TOKEN, _CHUNKS_MORE = 4, 1024
 
 #: What a log probability of zero chance is in the API.
 _NEVER = -9999.0
-
-
-def chat_body(task: Chat, model: str, preset: Preset) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": model, "messages": task.messages, "stream": True}
-    if preset.usage_option:
-        body["stream_options"] = {"include_usage": True}
-    body |= _sampling(task.sampling, preset.max_tokens_field)
-    if task.sampling.logprobs is not None:
-        body["logprobs"] = True
-        if task.sampling.logprobs:
-            body["top_logprobs"] = task.sampling.logprobs
-    for name in (
-        "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort", "chat_template_kwargs",
-    ):  # fmt: skip
-        if (value := getattr(task, name)) is not None:
-            body[name] = value
-    return body | task.extra
-
-
-def completion_body(task: Completion, model: str, preset: Preset) -> dict[str, Any]:
-    # One prompt goes as it is: not every server takes lists.
-    prompt = task.prompt[0] if len(task.prompt) == 1 else task.prompt
-    body: dict[str, Any] = {"model": model, "prompt": prompt, "stream": True}
-    if preset.usage_option:
-        body["stream_options"] = {"include_usage": True}
-    body |= _sampling(task.sampling, "max_tokens")
-    if task.sampling.logprobs is not None:
-        body["logprobs"] = task.sampling.logprobs
-    if task.echo:
-        body["echo"] = True
-    if task.suffix is not None:
-        body["suffix"] = task.suffix
-    return body | task.extra
-
-
-def embedding_body(task: Embedding, model: str, preset: Preset) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": model, "input": task.input}
-    if preset.base64_vectors:
-        body["encoding_format"] = "base64"
-    if task.dimensions is not None:
-        body["dimensions"] = task.dimensions
-    return body
-
-
-def _sampling(sampling: Sampling, max_tokens_field: str) -> dict[str, Any]:
-    values = {
-        "n": sampling.n if sampling.n != 1 else None,
-        max_tokens_field: sampling.max_tokens,
-        "stop": sampling.stop or None,
-        "stop_token_ids": sampling.stop_token_ids or None,
-        "ignore_eos": sampling.ignore_eos or None,
-    }
-    for name in (
-        "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "logit_bias",
-    ):  # fmt: skip
-        values[name] = getattr(sampling, name)
-    return {name: value for name, value in values.items() if value is not None}
 
 
 class _Function(msgspec.Struct):
@@ -146,7 +83,7 @@ class _Details(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class UpstreamUsage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
@@ -163,7 +100,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
     token_ids: list[int] | None = None
-    usage: _Usage | None = None
+    usage: UpstreamUsage | None = None
 
 
 class _BaseResponse(msgspec.Struct):
@@ -175,7 +112,7 @@ class Chunk(msgspec.Struct):
     """A chunk of a stream, or a whole answer."""
 
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: UpstreamUsage | None = None
     model: str | None = None
     system_fingerprint: str | None = None
     error: Any = None
@@ -314,7 +251,7 @@ class AnswerReader:
             raise UpstreamFailed(f"the provider ended the answer with {reason!r}", upstream=reason)
         return known
 
-    def _take_usage(self, usage: _Usage) -> None:
+    def _take_usage(self, usage: UpstreamUsage) -> None:
         prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
         if not prompt and not completion:
             return  # zeros stand for "not counted"
@@ -354,77 +291,6 @@ def pieces(output: Output) -> list[Output]:
 
 def _parts(text: str) -> list[str]:
     return [text[at : at + _PIECE_CHARS] for at in range(0, len(text), _PIECE_CHARS)]
-
-
-class _Vector(msgspec.Struct):
-    embedding: list[float] | str
-    index: int | None = None
-
-
-class _Vectors(msgspec.Struct):
-    data: list[_Vector]
-    usage: _Usage | None = None
-    model: str | None = None
-
-
-_decode_vectors = msgspec.json.Decoder(_Vectors, strict=False).decode
-
-
-class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    vectors: list[bytes]  #: float32, little endian, in the order of the inputs
-    prompt_tokens: int  #: 0: not told
-    model: str
-
-
-def decode_embeddings(document: bytes, count: int, hide: Callable[[str], str]) -> EmbeddingAnswer:
-    """The vectors of ``count`` inputs.
-
-    Raises:
-        UpstreamFailed: it is something else, or not one vector of one size for each input.
-    """
-    try:
-        answer = _decode_vectors(document)
-        found = sorted(enumerate(answer.data), key=lambda item: item[0] if item[1].index is None else item[1].index)
-        vectors = [_float32(vector.embedding) for _, vector in found]
-    except (msgspec.DecodeError, ValueError, OverflowError, struct.error) as error:
-        shown = hide(document[:300].decode("utf-8", "replace"))[:200]
-        raise UpstreamFailed(f"the provider sent no embeddings ({hide(str(error))}): {shown}", upstream=shown) from None
-    if len(vectors) != count or len({len(vector) for vector in vectors}) > 1 or not all(vectors):
-        raise UpstreamFailed(f"the provider sent {len(vectors)} vectors for {count} inputs, or of unequal size")
-    usage = answer.usage or _Usage()
-    tokens = usage.prompt_tokens or usage.total_tokens or 0
-    return EmbeddingAnswer(vectors=vectors, prompt_tokens=tokens, model=answer.model or "")
-
-
-def _float32(embedding: list[float] | str) -> bytes:
-    if isinstance(embedding, str):
-        data = b64decode(embedding, validate=True)
-        if len(data) % 4:
-            raise ValueError("a base64 vector is not made of float32")
-        return data
-    return struct.pack(f"<{len(embedding)}f", *embedding)
-
-
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-    context_length: int | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model] | None = None
-
-
-_decode_models = msgspec.json.Decoder(_Models, strict=False).decode
-
-
-def decode_models(document: bytes) -> dict[str, int]:
-    """Context lengths (0: not told) by model name; empty if the document is no such list."""
-    try:
-        models = _decode_models(document).data or []
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return {model.id.removeprefix("models/"): model.max_model_len or model.context_length or 0 for model in models}
 
 
 def _text(content: Any) -> str:

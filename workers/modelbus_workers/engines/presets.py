@@ -25,6 +25,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     n: bool = True  #: gives several choices
     lists_models: bool = True  #: has GET /models
     completions: bool = False  #: has /completions
+    probes: bool = False  #: a server of one model, which is asked what it can do
     base64_vectors: bool = False  #: can send embeddings as base64, a third of the size
     embedding_batch: int = 256  #: most inputs per call
     azure: bool = False  #: deployments in the path, ``api-key`` header, ``api-version``
@@ -59,7 +60,9 @@ PRESETS: Mapping[str, Preset] = _table(
     Preset(name="openrouter", base_url="https://openrouter.ai/api/v1", n=False, completions=True),
     Preset(name="volcengine", base_url="https://ark.cn-beijing.volces.com/api/v3", n=False, lists_models=False),
     Preset(name="ollama", base_url="http://127.0.0.1:11434/v1", needs_key=False, n=False, completions=True),
-    Preset(name="vllm", base_url="http://127.0.0.1:8000/v1", needs_key=False, completions=True, base64_vectors=True),
+    Preset(name="vllm", base_url="http://127.0.0.1:8000/v1", needs_key=False, completions=True, base64_vectors=True,
+           probes=True),
+    Preset(name="sglang", base_url="http://127.0.0.1:30000/v1", needs_key=False, completions=True, probes=True),
     official_openai="openai", reasoning_openai="openai", compatible="openai_compatible",
     moonshot="kimi", qwen="qianwen", qianwen_vl="qianwen", dashscope="qianwen", spark="sparkdesk", glm="zhipu",
     ark="volcengine",

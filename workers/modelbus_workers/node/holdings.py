@@ -6,7 +6,7 @@ import time
 
 import msgspec
 from modelbus_broker import names
-from modelbus_broker.messages import Deployment
+from modelbus_broker.messages import Deployment, StartFailure
 from modelbus_broker.registry import Registry
 
 from .replica import Replica
@@ -25,15 +25,29 @@ class Holdings:
         self.offer = offer
         self.registry = registry
         self.replicas: dict[str, Replica] = {}  #: by claim key
-        self._excluded: set[str] = set()  #: failure keys that we wrote: the reader may not have them yet
+        #: Failures that we wrote, by key: the reader may not have them yet.
+        self._failures: dict[str, StartFailure] = {}
 
-    def exclude(self, failure_key: str) -> None:
-        """A revision could not be started here and is not tried again."""
-        self._excluded.add(failure_key)
+    def exclude(self, failure_key: str, failure: StartFailure) -> None:
+        """A revision could not be started here: it is not tried again, or only from ``again_ms`` on."""
+        self._failures[failure_key] = failure
+
+    def failure(self, deployment: Deployment) -> StartFailure | None:
+        """The last one here of this revision."""
+        key = names.failure_key(deployment.name, deployment.revision, self.node)
+        return self._failures.get(key) or self.registry.failures.get(key)
 
     def is_excluded(self, deployment: Deployment) -> bool:
+        failure = self.failure(deployment)
+        return failure is not None and not 0 < failure.again_ms <= time.time_ns() // 1_000_000
+
+    def forgive(self, deployment: Deployment) -> str:
+        """It runs after all. Returns the key of the failure that is over, "" if there was none."""
+        if self.failure(deployment) is None:
+            return ""
         key = names.failure_key(deployment.name, deployment.revision, self.node)
-        return key in self.registry.failures or key in self._excluded
+        self._failures.pop(key, None)
+        return key
 
     def left(self, *, without: Replica | None = None) -> Free:
         """What is free of the offer; ``without``: as if that replica's reservation were not there."""

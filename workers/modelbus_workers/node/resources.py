@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import msgspec
 from modelbus_broker.errors import ModelBusError
@@ -38,7 +39,8 @@ def offer(
         cpus=float(_cpus() if cpus is None else cpus),
         memory_mb=_memory_mb() if memory_mb is None else memory_mb,
         gpus=_take(detected_gpus(), gpus),
-        labels=dict(labels or {}),
+        # What is bound to this host, such as the folder of a store, asks for it by name.
+        labels={"host": socket.gethostname(), **(labels or {})},
         engines=frozenset(engines),
         missing=missing,
     )

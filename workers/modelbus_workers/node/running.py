@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -105,6 +106,8 @@ class Runner:
             replica.proven.add(worker.deployment.revision)
             log.info("%s is ok (worker %s)", replica, worker.id)
             self._renew()  # the claim names the worker
+            if over := self._holdings.forgive(worker.deployment):
+                self._keep(self._forget(over), f"forget-{over}")
         if worker.code is None:
             return
         # Read before anything is changed: when the bus is away, the next step tries again.
@@ -127,8 +130,9 @@ class Runner:
                 replica, worker.id, describe_end(worker.code), pause, worker.last_words(1),
             )  # fmt: skip
             return
-        words = last.words if last is not None and last.state == "failed" and last.words else worker.last_words()
-        await self._failed_start(replica, worker.deployment, words or describe_end(worker.code))
+        failed = last if last is not None and last.state == "failed" and last.words else None
+        words = (failed.words if failed else worker.last_words()) or describe_end(worker.code)
+        await self._failed_start(replica, worker.deployment, words, again=failed is not None and failed.retryable)
 
     async def _last_record(self, worker: str) -> WorkerRecord | None:
         entry = await Bucket(self._bus, names.BUCKET_WORKERS).get(worker)
@@ -227,24 +231,33 @@ class Runner:
         log.info("%s: started worker %s (pid %d)", replica, worker.id, worker.pid)
         return worker
 
-    async def _failed_start(self, replica: Replica, deployment: Deployment, words: str) -> None:
-        """Says why, which excludes this node for the revision; gives the claim back unless an older one still runs."""
+    async def _failed_start(self, replica: Replica, deployment: Deployment, words: str, *, again: bool = False) -> None:
+        """Says why, which excludes this node for the revision; gives the claim back unless an older one still runs.
+
+        With ``again`` the node is excluded for a while only: what the engine needs may come back.
+        """
         log.warning("%s could not start revision %s: %s", replica, deployment.revision, words)
         key = names.failure_key(deployment.name, deployment.revision, self._node)
-        self._holdings.exclude(key)
+        now_ms = time.time_ns() // 1_000_000
         failure = StartFailure(
             deployment=deployment.name,
             revision=deployment.revision,
             node=self._node,
             words=words,
             replica=replica.number,
-            at_ms=time.time_ns() // 1_000_000,
+            at_ms=now_ms,
+            again_ms=now_ms + round(self._settings.again_s * 1000) if again else 0,
         )
+        self._holdings.exclude(key, failure)
         try:
             await Bucket(self._bus, names.BUCKET_FAILURES).put(key, encode(failure))
         finally:
             if not any(worker.deployment.revision != deployment.revision for worker in replica.workers()):
                 self.close(replica)
+
+    async def _forget(self, failure_key: str) -> None:
+        with contextlib.suppress(BusUnavailable, JetStreamError):  # then it is shown a while longer
+            await Bucket(self._bus, names.BUCKET_FAILURES).delete(failure_key)
 
     def close(
         self, replica: Replica, *, grace_s: float | None = None, retire: bool = False, release_first: bool = False

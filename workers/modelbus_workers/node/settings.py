@@ -27,6 +27,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     spread_s: float = 0.05  #: wait per replica already held before another is claimed
     backoff_first_s: float = 0.5  #: before a crashed worker is started again; doubles
     backoff_most_s: float = 30.0
+    again_s: float = 5.0  #: before a start that failed for want of another server is tried again
     log_level: str = "INFO"
 
     @property
