@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
+from modelbus import tracing
 from modelbus_broker.errors import AuthenticationFailed, BusUnavailable, ConfigurationError, ModelBusError
 
 from .processes import READY, serve_processes
@@ -27,6 +28,7 @@ def main() -> int:
         else:
             settings = gateway_settings(arguments)
         _log_to_stderr(settings.log_level)
+        tracing.configure("modelbus-gateway")
         if child:
             _run(serve(settings, _child_is_ready, reuse_port=True))
         elif settings.processes > 1:

@@ -7,20 +7,26 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from modelbus import tracing
+from modelbus.tracing import Trace
 from modelbus_broker.errors import AuthenticationFailed, ModelBusError, RequestTooLarge
 
 from .metrics import Metrics
 from .settings import GatewaySettings
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
 log = logging.getLogger(__name__)
 
 #: Headers that scripts of other origins may read.
 EXPOSED_HEADERS = "x-request-id, retry-after"
-_METHODS = "GET, POST, HEAD, OPTIONS"
+_METHODS = "GET, POST, DELETE, HEAD, OPTIONS"
 
 
 class Traffic:
@@ -60,12 +66,13 @@ class Traffic:
 class Exchange:
     """What the middleware and the handler of one request tell each other."""
 
-    __slots__ = ("headers", "model", "started", "status")
+    __slots__ = ("headers", "model", "started", "status", "trace")
 
     def __init__(self, headers: dict[str, str]) -> None:
         self.started = time.monotonic()
         self.headers = headers  #: of every response to this request
         self.model = ""  #: once it is known to be deployed
+        self.trace: Trace | None = None  #: of the gateway's own span; None: nothing is traced
         self.status = 0  #: counted in place of the response's, which went out before the answer failed
 
 
@@ -101,6 +108,7 @@ def edge(settings: GatewaySettings, metrics: Metrics, traffic: Traffic) -> Middl
         if traffic.closing:
             exchange.headers["Connection"] = "close"
         traffic.begin()
+        span = None if tracing.tracer() is None else _span(request, exchange)
         status = 499  # whatever is not answered: its client has hung up
         try:
             if request.method == "OPTIONS":
@@ -124,12 +132,29 @@ def edge(settings: GatewaySettings, metrics: Metrics, traffic: Traffic) -> Middl
             )  # fmt: skip
         finally:
             traffic.end()
+            if span is not None:
+                _end(span, exchange, status)
             metrics.ended(_route(request), exchange.model, status, time.monotonic() - exchange.started)
         if exchange.headers and not response.prepared:
             response.headers.update(exchange.headers)
         return response
 
     return middleware
+
+
+def _span(request: web.Request, exchange: Exchange) -> Span | None:
+    """Begins the gateway's span of a request, below that of its client."""
+    headers, route = request.headers, _route(request)
+    trace = Trace(headers.get("traceparent", ""), headers.get("tracestate", ""))
+    said = {"http.request.method": request.method, "http.route": route, "url.path": request.path}
+    span = tracing.start(f"{request.method} {route}", "server", trace=trace, attributes=said)
+    exchange.trace = tracing.trace_of(span)
+    return span
+
+
+def _end(span: Span, exchange: Exchange, status: int) -> None:
+    said = {"http.response.status_code": status, tracing.REQUEST_MODEL: exchange.model}
+    tracing.end(span, error=str(status) if status >= 500 else None, attributes=said)
 
 
 def _body(status: int, message: str, code: str, param: str = "", upstream: str = "") -> bytes:

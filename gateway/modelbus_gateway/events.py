@@ -126,11 +126,18 @@ class ChatEvents:
         )  # fmt: skip
 
     def _done(self, done: Done, out: list[bytes]) -> None:
+        grounding = b',"grounding":' + to_json(done.grounding) if done.grounding is not None else b""
         if self._include_usage:
             fingerprint = to_json(done.system_fingerprint or None)
             out += (
                 self._ids.first(done), self._head, b'"system_fingerprint":', fingerprint,
-                b',"choices":[],"usage":', to_json(usage_body(done.usage)), b"}\n\n",
+                b',"choices":[],"usage":', to_json(usage_body(done.usage)), grounding, b"}\n\n",
+            )  # fmt: skip
+        elif grounding:
+            # With a choice in it: clients that asked for no usage look into each event's first one.
+            out += (
+                self._ids.first(done), self._head,
+                b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":null}]', grounding, b"}\n\n",
             )  # fmt: skip
         out.append(DONE)
 

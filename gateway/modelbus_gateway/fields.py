@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
+from modelbus.structure.profiles import profile_of
 from modelbus_broker.messages import Capabilities
 
 from .openai_types import ChatRequest, CompletionRequest
@@ -41,7 +42,7 @@ def _rows(treatment: Treatment, routes: str, names: str, note: str = "") -> list
 
 
 FIELDS: list[Field] = [
-    Field("model", "cte", "supported", "a deployed model, or a name given with --served-model-name"),
+    Field("model", "cte", "supported", "a deployed model, `model:adapter`, or a name given with --served-model-name"),
     Field("messages", "c", "supported", "images, audio and files need the capability `vision`, `audio`, `files`; custom tool calls and earlier audio answers are refused"),
     Field("prompt", "t", "supported", "text, token ids (capability `token_prompts`), or a list of either"),
     Field("input", "e", "supported", "text, token ids (capability `token_prompts`), or a list of either"),
@@ -62,12 +63,13 @@ FIELDS: list[Field] = [
     Field("logit_bias", "ct", "needs", "token id -> -100 to 100", "logit_bias", ({},)),
     Field("logprobs", "ct", "needs", "chat: true or false; completions: 0 to 20", "logprobs", (False,)),
     Field("top_logprobs", "c", "needs", "0 to 20, with `logprobs`", "logprobs"),
-    Field("tools", "c", "needs", "functions; custom tools are refused", "tools", ([],)),
-    Field("tool_choice", "c", "needs", "`allowed_tools` becomes a shorter list of tools", "tools", ("none",)),
-    Field("functions", "c", "needs", "deprecated: becomes `tools`; the answer has `function_call`", "tools", ([],)),
-    Field("function_call", "c", "needs", "deprecated: becomes `tool_choice`", "tools", ("none",)),
-    Field("response_format", "c", "needs", "`json_object` needs the capability of that name, `json_schema` too", "json_object, json_schema"),
-    Field("parallel_tool_calls", "c", "engine", "true is the default and always accepted", "", (True,)),
+    Field("tools", "c", "supported", "functions, by any model ([structured-output.md](structured-output.md)); custom tools are refused"),
+    Field("tool_choice", "c", "supported", "`allowed_tools` becomes a shorter list of tools"),
+    Field("functions", "c", "supported", "deprecated: becomes `tools`; the answer has `function_call`"),
+    Field("function_call", "c", "supported", "deprecated: becomes `tool_choice`"),
+    Field("response_format", "c", "supported", "`json_schema` and `json_object`, by any model ([structured-output.md](structured-output.md))"),
+    Field("parallel_tool_calls", "c", "supported", "true is the default"),
+    Field("ladder", "c", "supported", "of this gateway: how far `response_format` and `tools` are sought ([structured-output.md](structured-output.md))"),
     Field("echo", "t", "engine", "", "", (False,)),
     Field("suffix", "t", "engine", "", "", ("",)),
     Field("reasoning_effort", "c", "engine"),
@@ -138,7 +140,7 @@ class RareFields:
 
 #: Engine fields that have a place of their own in the task; the others travel in its ``extra``.
 PLACED = frozenset({
-    "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs", "top_k", "min_p", "min_tokens",
+    "reasoning_effort", "chat_template_kwargs", "top_k", "min_p", "min_tokens",
     "repetition_penalty", "stop_token_ids", "ignore_eos",
 })  # fmt: skip
 PLACED_COMPLETION = (PLACED & set(_BY_ROUTE["completions"])) | {"echo", "suffix"}
@@ -152,13 +154,23 @@ RARE_CHAT, RARE_COMPLETION = _rare("chat"), _rare("completions")
 
 
 def can(capabilities: Capabilities, capability: str) -> bool:
-    """Whether a worker has a capability, serves a task (``task:NAME``), or understands an engine field (``field:NAME``)."""
+    """Whether a worker has a capability, serves a task (``task:NAME``), understands an engine field (``field:NAME``), or has
+    one of some rungs of the ladder (``rungs:tools:native,grammar``, ``rungs:schema:native``)."""
     kind, colon, name = capability.partition(":")
+    if kind == "rungs":
+        return _has_rung(capabilities, *name.split(":"))
     if kind == "task":
         return name in capabilities.tasks
     if colon:
         return name in capabilities.extra_fields or "*" in capabilities.extra_fields
     return bool(getattr(capabilities, kind))
+
+
+def _has_rung(capabilities: Capabilities, wanted: str, rungs: str) -> bool:
+    profile = profile_of(capabilities)
+    native = profile.native_tools if wanted == "tools" else profile.native_schema
+    has = {"native": native, "grammar": profile.grammar, "prompted": True}
+    return any(has[rung] for rung in rungs.split(",") if rung)
 
 
 def table() -> str:

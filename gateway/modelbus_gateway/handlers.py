@@ -9,7 +9,9 @@ from importlib.metadata import version
 import msgspec
 from aiohttp import web
 from modelbus.answers import AnswerBuilder, collect
+from modelbus.tracing import Trace
 from modelbus_broker import names, topology
+from modelbus_broker.adapters import resolve
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.attaching import Attaching
 from modelbus_broker.calls import Call
@@ -20,11 +22,14 @@ from modelbus_broker.once import Once
 from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 
+from .checks import Need
+from .decisions import DECISIONS_BODY, check_decides, decision_answer, translate_decisions
 from .delivery import ClientWatch
 from .edge import EXCHANGE, Exchange, Traffic, body_too_large, error_body
 from .engine_metrics import exposition, measure
 from .event_ids import EventId, read_event_id
 from .events import ChatEvents, CompletionEvents, error_event
+from .files.store import FileStore
 from .metrics import Metrics
 from .openai_answers import ModelCard, ModelList, chat_answer, completion_answer, embedding_answer, to_json
 from .relay import relay
@@ -51,6 +56,7 @@ from .translate import (
     translate_completion,
     translate_embedding,
 )
+from .vector_stores.stores import VectorStores
 
 
 class Gateway:
@@ -75,26 +81,43 @@ class Gateway:
         self.traffic = traffic
         self.attaching = Attaching(publisher)
         self.once = Once(publisher, self.attaching)
+        self.files = FileStore(bus, root=settings.files_root, root_limit=settings.max_file_bytes)
+        self.vector_stores = VectorStores(
+            bus, registry, publisher, self.files,
+            service=settings.search_service, embedding_model=settings.embedding_model,
+        )  # fmt: skip
 
     async def body(self, request: web.Request) -> bytes:
         """Raises RequestTooLarge, if the head says so before anything is read."""
         limit = self.settings.max_body_bytes
+        if request.content.is_eof():  # a small body is here when its head is
+            body = request.content.read_nowait()
+            if len(body) > limit:
+                raise body_too_large(limit)
+            return body
         if request.content_length is not None and request.content_length > limit:
             raise body_too_large(limit)
         return await request.read()
 
     def model(self, name: str) -> str:
-        """The model that a client means; an unknown name is returned as it is.
+        """The name on the bus of what a client means: of a model, or of one and an adapter. An unknown name stays as it is.
 
         Raises:
             ModelNotFound: the name stands for the only model, and there are none or several.
         """
-        model = self.settings.served_model_names.get(name)
-        if model is None:
-            return name
+        aliases = self.settings.served_model_names
+        if name in aliases:
+            return self._aliased(name)
+        alias, colon, adapter = name.rpartition(":")
+        if alias in aliases and not self.registry.deployments_of(name):
+            return f"{self._aliased(alias)}{colon}{adapter}"
+        return name
+
+    def _aliased(self, name: str) -> str:
+        model = self.settings.served_model_names[name]
         if model:
             return model
-        models = self.registry.models()
+        models = [name for name in self.registry.models() if name not in self.registry.services()]
         if len(models) != 1:
             raise ModelNotFound(
                 f"{name!r} stands for the only model that is deployed, but there are {len(models)}; "
@@ -110,20 +133,24 @@ class Gateway:
 
         Raises what ``Publisher.publish``, ``Once.submit`` and ``Attaching.take_up`` raise, and UnsupportedField.
         """
-        model = self.model(name)
-        if translation.needs:
-            check_needs(translation.needs, name, self.registry.workers_of(model))
+        asked_for = self.model(name)
+        model, adapter = resolve(self.registry, asked_for)
+        needs = translation.needs if adapter is None else [Need("model", "adapters"), *translation.needs]
+        if needs:
+            check_needs(needs, name, self.registry.workers_of(model))
         options = _options(request, translation, view)
         if translation.stream and (last := request.headers.get("Last-Event-ID")):
             event = read_event_id(last, "Last-Event-ID")
-            asked = self.publisher.describe(model, translation.task, msgspec.structs.replace(options, id=event.request))
+            asked = self.publisher.describe(
+                asked_for, translation.task, msgspec.structs.replace(options, id=event.request)
+            )
             call = await self.attaching.take_up(event.request, seen=event.seen, model=model, asked=asked)
         elif options.idempotency_key:
-            call, earlier = await self.once.submit(model, translation.task, options)
+            call, earlier = await self.once.submit(asked_for, translation.task, options)
             if earlier:
                 exchange.headers["idempotent-replayed"] = "true"
         else:
-            call = await self.publisher.publish(model, translation.task, options)
+            call = await self.publisher.publish(asked_for, translation.task, options)
         exchange.model = model
         exchange.headers["x-request-id"] = call.id
         return call
@@ -154,6 +181,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if translation.stream:
         return await _stream(gateway, request, call, _events(gateway, call, view))
     answer = await _collect(gateway, call)
+    if answer.done is not None and answer.done.rung:
+        exchange.headers["x-modelbus-rung"] = answer.done.rung
+        exchange.headers["x-modelbus-attempts"] = str(answer.done.attempts)
     body = chat_answer(
         answer, id=call.id, created=_created(call), model=asked.model, role=gateway.settings.response_role,
         logprobs=translation.logprobs, legacy_functions=translation.legacy_functions,
@@ -230,11 +260,40 @@ async def classify(request: web.Request) -> web.StreamResponse:
     return await gateway.watch.deliver(request, body, exchange.headers)
 
 
+async def decisions(request: web.Request) -> web.StreamResponse:
+    gateway, exchange = request.app[GATEWAY], request[EXCHANGE]
+    asked = DECISIONS_BODY.read(await gateway.body(request))
+    questions = translate_decisions(asked)
+    model, _ = resolve(gateway.registry, gateway.model(asked.model))
+    check_decides(asked.model, gateway.registry.workers_of(model))
+    exchange.model = model if gateway.registry.deployments_of(model) else ""
+
+    async def one(translation: Translation) -> AnswerBuilder:
+        # One request for each question; a key for the whole would make them one.
+        options = msgspec.structs.replace(_options(request, translation, None), idempotency_key="")
+        call = await gateway.publisher.publish(gateway.model(asked.model), translation.task, options)
+        exchange.headers.setdefault("x-request-id", call.id)
+        return await _collect(gateway, call)
+
+    try:
+        async with asyncio.TaskGroup() as group:  # the first error takes the other questions back
+            running = [group.create_task(one(question.translation)) for question in questions]
+    except* ModelBusError as failed:
+        raise failed.exceptions[0] from None
+    body = decision_answer(questions, [task.result() for task in running], model=asked.model)
+    return await gateway.watch.deliver(request, body, exchange.headers)
+
+
 async def models(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    names_shown = [*gateway.registry.models(), *gateway.settings.served_model_names]
+    names_shown = [*gateway.settings.served_model_names]
+    services = gateway.registry.services()
+    for name in reversed(gateway.registry.models()):
+        if name in services:
+            continue  # no OpenAI client could ask it anything
+        names_shown[:0] = [name, *(f"{name}:{adapter}" for adapter in gateway.registry.adapters_of(name))]
     cards = [card for name in dict.fromkeys(names_shown) if (card := _card(gateway, name))]
-    return _json(ModelList(data=cards))
+    return json_response(ModelList(data=cards))
 
 
 async def model(request: web.Request) -> web.Response:
@@ -242,12 +301,12 @@ async def model(request: web.Request) -> web.Response:
     card = _card(gateway, name)
     if card is None:
         raise ModelNotFound(f"The model '{name}' does not exist.", param="model")
-    return _json(card)
+    return json_response(card)
 
 
 async def health(request: web.Request) -> web.Response:
     """This process answers; it says nothing of the bus."""
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -256,11 +315,11 @@ async def ready(request: web.Request) -> web.Response:
     connected, registry = gateway.bus.is_connected, gateway.registry.ready
     is_ready = connected and registry and not gateway.traffic.closing
     found = {"status": "ok" if is_ready else "not ready", "bus": connected, "registry": registry}
-    return _json({**found, "models": len(gateway.registry.models())}, 200 if is_ready else 503)
+    return json_response({**found, "models": len(gateway.registry.models())}, 200 if is_ready else 503)
 
 
 async def show_version(request: web.Request) -> web.Response:
-    return _json({"version": version("modelbus")})
+    return json_response({"version": version("modelbus")})
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -354,7 +413,9 @@ async def _collect(gateway: Gateway, call: Call) -> AnswerBuilder:
 
 
 def _options(request: web.Request, translation: Translation, view: View | None) -> CallOptions:
-    headers = request.headers
+    headers, trace = request.headers, request[EXCHANGE].trace
+    if trace is None:
+        trace = Trace(headers.get("traceparent", ""), headers.get("tracestate", ""))
     key = headers.get("Idempotency-Key", "")
     if len(key) > 255:
         raise InvalidRequest("The header 'Idempotency-Key' has at most 255 characters.", param="Idempotency-Key")
@@ -368,8 +429,8 @@ def _options(request: web.Request, translation: Translation, view: View | None) 
         idempotency_key=key,
         outlives=translation.stream and _says_yes(headers.get("X-Modelbus-Resumable")),
         view=view_text(view) if view is not None and (translation.stream or key) else "",
-        traceparent=headers.get("traceparent", ""),
-        tracestate=headers.get("tracestate", ""),
+        traceparent=trace.traceparent,
+        tracestate=trace.tracestate,
     )
 
 
@@ -392,13 +453,16 @@ def _header_timeout(given: str) -> float:
 
 def _card(gateway: Gateway, name: str) -> ModelCard | None:
     try:
-        deployments = gateway.registry.deployments_of(gateway.model(name))
+        model, adapter = resolve(gateway.registry, gateway.model(name))
     except ModelNotFound:
         return None
+    deployments = gateway.registry.deployments_of(model)
     if not deployments:
         return None
+    if adapter is not None:
+        return ModelCard(id=name, created=adapter.created_ms // 1000, parent=model)
     return ModelCard(id=name, created=min(deployment.created_ms for deployment in deployments) // 1000)
 
 
-def _json(value: object, status: int = 200) -> web.Response:
+def json_response(value: object, status: int = 200) -> web.Response:
     return web.Response(status=status, body=to_json(value), content_type="application/json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterable
 
+from modelbus.prices import PriceTable
 from modelbus_broker.messages import Usage
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -27,9 +28,10 @@ class Metrics:
 
     Args:
         running: says how many requests are being answered now.
+        prices: of tokens; what is not there costs nothing that is counted.
     """
 
-    def __init__(self, running: Callable[[], int]) -> None:
+    def __init__(self, running: Callable[[], int], prices: PriceTable | None = None) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "modelbus_gateway_requests", "Requests by route, model and status.", ["route", "model", "status"],
@@ -52,6 +54,12 @@ class Metrics:
             "modelbus_gateway_tokens", "Tokens of completed answers: prompt, completion.", ["model", "kind"],
             registry=self.registry,
         )  # fmt: skip
+        self._prices = prices or PriceTable({})
+        self._cost = Counter(
+            "modelbus_gateway_cost", "What completed answers cost, by the table of --prices.", ["model", "currency"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._new_costs: dict[tuple[str, str], float] = {}
         self._in_flight = Gauge(
             "modelbus_gateway_in_flight", "Requests that are being answered.", registry=self.registry,
             multiprocess_mode="livesum",
@@ -97,6 +105,9 @@ class Metrics:
             new = self._new_tokens[model] = [0, 0]
         new[0] += usage.prompt_tokens
         new[1] += usage.completion_tokens
+        if (price := self._prices.of(model)) is not None:
+            key = model, price.currency
+            self._new_costs[key] = self._new_costs.get(key, 0.0) + price.cost(usage)
 
     def _settle(self) -> None:
         """Passes on what was added up."""
@@ -107,6 +118,9 @@ class Metrics:
         for model, (prompt, completion) in tokens.items():
             self._tokens.labels(model, "prompt").inc(prompt)
             self._tokens.labels(model, "completion").inc(completion)
+        costs, self._new_costs = self._new_costs, {}
+        for (model, currency), cost in costs.items():
+            self._cost.labels(model, currency).inc(cost)
         self._in_flight.set(self._running())
 
     def queued(self, depths: dict[str, int]) -> None:

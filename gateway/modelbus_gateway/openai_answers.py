@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 from modelbus.answers import AnswerBuilder, ChoiceAnswer, floats
-from modelbus_broker.messages import FunctionCall, TokenLogprob, ToolCall, Usage
+from modelbus_broker.messages import FunctionCall, Grounding, TokenLogprob, ToolCall, Usage
 from msgspec import UNSET, UnsetType
 
 #: The API shows no lower log probability: JSON has no infinity.
@@ -87,6 +87,8 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: UsageBody
     system_fingerprint: str | None
+    #: Ours: of an answer out of documents, what it was made of.
+    grounding: Grounding | UnsetType = UNSET
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +126,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "model"
     created: int
     owned_by: str = "modelbus"
+    parent: str | msgspec.UnsetType = msgspec.UNSET  #: of an adapter: its model
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +150,7 @@ def chat_answer(
             choices=[_chat_choice(choice, role, logprobs, legacy_functions) for choice in answer.choices],
             usage=usage_body(answer.usage),
             system_fingerprint=(done.system_fingerprint or None) if done else None,
+            grounding=(done.grounding or UNSET) if done else UNSET,
         )
     )
 

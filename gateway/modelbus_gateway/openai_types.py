@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from modelbus_broker.messages import ChatMessage, FunctionCall
+from modelbus_broker.messages import ChatMessage, FunctionCall, Ladder
 
 
 class RequestMessage(ChatMessage, frozen=True, kw_only=True):
@@ -93,6 +93,7 @@ class ChatRequest(EngineFields, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    ladder: Ladder | None = None
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None

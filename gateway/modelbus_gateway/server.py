@@ -14,6 +14,7 @@ from modelbus_broker.errors import ConfigurationError, GatewayStopping
 from modelbus_broker.scheduling import prefer_throughput
 
 from .app import create_app
+from .dispatch import shorten
 from .handlers import GATEWAY
 from .settings import GatewaySettings
 
@@ -45,6 +46,8 @@ async def listening(
     )
     try:
         await runner.setup()
+        assert runner.server is not None
+        shorten(runner.server, app)
         site = web.TCPSite(
             runner,
             settings.host,

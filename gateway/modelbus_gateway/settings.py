@@ -7,14 +7,18 @@ every user of the host can read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from modelbus.prices import PriceTable
 from modelbus_broker.errors import ConfigurationError
 from modelbus_broker.settings import BusSettings, bus_settings
+
+from .files.roots import open_root
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -36,7 +40,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     response_role: str = "assistant"
     #: Other names that clients may use: name -> model. A model of "" means the only one that is deployed.
     served_model_names: Mapping[str, str] = {}
+    allow_adapter_updates: bool = False  #: clients may add and remove adapters
+    prices: str = ""  #: a JSON file with what tokens cost, for the metrics
     max_body_bytes: int = 64 * 1024 * 1024
+    files_root: str = ""  #: a folder or s3://BUCKET/PREFIX for uploaded files that are too large for the bus; the same for all gateways
+    max_file_bytes: int = 512 * 1024 * 1024  #: of one file there
+    search_service: str = "storage"  #: in which vector stores are made
+    embedding_model: str = ""  #: of vector stores that name none; "": they are searched by words
+    rewrite_model: str = ""  #: the chat model that rewrites the queries of searches which ask for it
     headers_after_s: float = 0.5  #: a stream's headers wait so long for its first output, or for an error
     orphan_grace_s: float = 30.0  #: a resumable request goes on so long after its client has hung up
     keep_alive_comment_s: float = 15.0  #: silence on an event stream before a comment goes out
@@ -53,6 +64,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         """The URL that clients use."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.ssl_certfile else 'http'}://{host}:{self.port}"
+
+    def price_table(self) -> PriceTable:
+        """What tokens cost. Raises ConfigurationError: the file is missing or not of its form."""
+        return PriceTable.read(self.prices) if self.prices else PriceTable({})
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context, or None without certificate.
@@ -87,7 +102,7 @@ def gateway_settings(arguments: Sequence[str]) -> GatewaySettings:
         raise ConfigurationError(f"--port {given.port} is no port: choose one from 1 to 65535")
     if not 1 <= given.processes <= 256:
         raise ConfigurationError(f"--processes {given.processes}: choose a number from 1 to 256")
-    for name in ("max_body_mb", "client_stall", "shutdown_grace"):
+    for name in ("max_body_mb", "max_file_mb", "client_stall", "shutdown_grace"):
         if getattr(given, name) <= 0:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be more than 0")
     for name in ("headers_after", "orphan_grace"):
@@ -109,13 +124,24 @@ def gateway_settings(arguments: Sequence[str]) -> GatewaySettings:
         ssl_certfile=given.ssl_certfile,
         response_role=given.response_role,
         served_model_names=_aliases(given.served_model_name),
+        allow_adapter_updates=given.allow_adapter_updates,
+        prices=given.prices,
         max_body_bytes=int(given.max_body_mb * 1024 * 1024),
+        files_root=given.files_root,
+        max_file_bytes=int(given.max_file_mb * 1024 * 1024),
+        search_service=given.search_service,
+        embedding_model=given.embedding_model,
+        rewrite_model=given.rewrite_model,
         client_stall_s=given.client_stall,
         shutdown_grace_s=given.shutdown_grace,
         headers_after_s=given.headers_after,
         orphan_grace_s=given.orphan_grace,
         log_level=given.log_level,
     )
+    settings.price_table()
+    if settings.files_root:
+        with contextlib.closing(open_root(settings.files_root)) as root:
+            root.check()
     settings.tls()  # a file that cannot be used stops the program here and not in each process
     return settings
 
@@ -170,7 +196,25 @@ def _parser() -> argparse.ArgumentParser:
         "--served-model-name", nargs="+", default=[], metavar="NAME[=MODEL]",
         help="another name for a model; without MODEL: for the only one that is deployed",
     )  # fmt: skip
+    add(
+        "--allow-adapter-updates", action="store_true",
+        help="clients may add and remove adapters: POST /v1/load_lora_adapter, /v1/unload_lora_adapter",
+    )  # fmt: skip
+    add("--prices", default="", help="JSON file with what tokens cost, by model, for the metrics")
     add("--max-body-mb", type=float, default=64.0, help="largest request body, MiB (default: 64)")
+    add(
+        "--files-root",
+        default="",
+        help="folder or s3://BUCKET/PREFIX for uploaded files of more than 64 MiB; the same for all gateways",
+    )
+    add("--max-file-mb", type=float, default=512.0, help="largest file there, MiB (default: 512)")
+    add("--search-service", default="storage", help="search service in which vector stores are made (default: storage)")
+    add(
+        "--embedding-model",
+        default="",
+        help="of vector stores that name none (default: none, they are searched by words)",
+    )
+    add("--rewrite-model", default="", help="chat model for searches with rewrite_query")
     add("--client-stall", type=float, default=60.0, help="cut a client that takes nothing for so many seconds (60)")
     add("--shutdown-grace", type=float, default=30.0, help="seconds that running requests have after SIGTERM (30)")
     add("--headers-after", type=float, default=0.5, help="a stream's headers wait so many seconds for its output (0.5)")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from modelbus.structure.schema_output import asked_schema
+from modelbus.structure.tool_calls import tool_forms
 from modelbus_broker.errors import InvalidRequest, UnsupportedField
 from modelbus_broker.messages import (
     AudioPart,
@@ -19,6 +21,7 @@ from modelbus_broker.messages import (
     Embedding,
     FilePart,
     ImagePart,
+    Ladder,
     Sampling,
     Task,
     ToolCall,
@@ -31,6 +34,7 @@ from .fields import PLACED, PLACED_COMPLETION, RARE_CHAT, RARE_COMPLETION, Field
 from .openai_types import ChatRequest, CompletionRequest, EmbeddingRequest, RequestMessage
 
 MAX_STOPS = 16
+MAX_REASKS = 10
 
 
 class Translation(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,11 +81,13 @@ def translate_chat(request: ChatRequest) -> Translation:
         tools, tool_choice = _from_functions(request)
         legacy = True
     if tools or tool_choice is not None:
-        tools, tool_choice = _tools(tools, tool_choice, "functions" if legacy else "tools", needs)
+        tools, tool_choice = _tools(tools, tool_choice, "functions" if legacy else "tools")
     if request.parallel_tool_calls is not None and not tools and not request.parallel_tool_calls:
         raise InvalidRequest(
             "'parallel_tool_calls' is only allowed when 'tools' are specified.", param="parallel_tool_calls"
         )
+    response_format = _response_format(request.response_format)
+    ladder = _ladder(request.ladder, bool(tools) and tool_choice != "none", response_format, needs)
     stream, include_usage = _stream(request)
     return Translation(
         task=Chat(
@@ -90,7 +96,8 @@ def translate_chat(request: ChatRequest) -> Translation:
             tools=tools or None,
             tool_choice=tool_choice,
             parallel_tool_calls=request.parallel_tool_calls if tools else None,
-            response_format=_response_format(request.response_format, needs),
+            response_format=response_format,
+            ladder=ladder,
             reasoning_effort=request.reasoning_effort,
             chat_template_kwargs=request.chat_template_kwargs or None,
             extra=extra,
@@ -357,7 +364,7 @@ def _from_functions(request: ChatRequest) -> tuple[list[dict[str, Any]] | None, 
 
 
 def _tools(
-    tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None, param: str, needs: list[Need]
+    tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None, param: str
 ) -> tuple[list[dict[str, Any]] | None, str | dict[str, Any] | None]:
     names = [_function_name(tool, f"{param}[{index}]") for index, tool in enumerate(tools or ())]
     choice_param = "function_call" if param == "functions" else "tool_choice"
@@ -365,7 +372,7 @@ def _tools(
         if choice not in (None, "none"):
             raise InvalidRequest(f"'{choice_param}' is only allowed when '{param}' are specified.", param=choice_param)
         return None, None
-    needs.append(Need(param, "tools"))
+    tool_forms(tools or ())  # a wrong schema is told before anything is asked
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             return _allowed(tools or [], names, choice)
@@ -413,7 +420,7 @@ def _allowed(tools: list[dict[str, Any]], names: list[str], choice: dict[str, An
     return [tool for tool, name in zip(tools, names, strict=True) if name in wanted], str(allowed["mode"])
 
 
-def _response_format(given: dict[str, Any] | None, needs: list[Need]) -> dict[str, Any] | None:
+def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     if given is None:
         return None
     kind = given.get("type")
@@ -434,5 +441,25 @@ def _response_format(given: dict[str, Any] | None, needs: list[Need]) -> dict[st
                     raise InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
         case _:
             raise not_one_of("response_format.type", kind, ("text", "json_object", "json_schema"))
-    needs.append(Need("response_format", str(kind)))
+    asked_schema(given)  # a wrong schema is told before anything is asked
     return given
+
+
+def _ladder(
+    ladder: Ladder | None, tools: bool, response_format: dict[str, Any] | None, needs: list[Need]
+) -> Ladder | None:
+    """How far a form is sought; None where none is asked for, so that the same question is the same request."""
+    if ladder is None or not (tools or response_format):
+        return None
+    if not ladder.rungs:
+        raise InvalidRequest("Invalid 'ladder.rungs': empty array. Expected at least one rung.", param="ladder.rungs")
+    integer("ladder.reasks", ladder.reasks, 0, MAX_REASKS)
+    integer("ladder.examples", ladder.examples, 0, 2)
+    for name in ("max_tokens", "max_string", "max_items"):
+        integer(f"ladder.{name}", getattr(ladder, name), 0)
+    if ladder.retry_temperature is not None:
+        decimal("ladder.retry_temperature", ladder.retry_temperature, 0, 2)
+    if "prompted" not in ladder.rungs:
+        wanted, param = ("tools", "tools") if tools else ("schema", "response_format")
+        needs.append(Need(param, f"rungs:{wanted}:{','.join(ladder.rungs)}"))
+    return ladder

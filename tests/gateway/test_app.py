@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import ssl
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from modelbus_gateway.metrics import Metrics
 from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
 from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
 from tests.gateway.conftest import StartGateway
 from tests.helpers.cluster import Cluster
@@ -47,6 +49,38 @@ async def test_a_wrong_type_is_a_400_that_names_the_field(url: str, http: aiohtt
         error = await error_of(response)
     assert error["param"] == "temperature"
     assert error["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("target", [CHAT, f"{CHAT}?from=a-test", CHAT.replace("/chat", "/%63hat")])
+async def test_a_route_is_found_however_its_path_is_written(
+    echo_url: str, http: aiohttp.ClientSession, target: str
+) -> None:
+    """Only the plain path is found by the short way."""
+    async with http.post(URL(echo_url + target, encoded=True), json=HELLO) as response:
+        assert response.status == 200
+        assert response.headers["x-request-id"]
+        assert (await response.json())["choices"][0]["message"]["content"] == "Hello there"
+    async with http.post(URL(echo_url + target, encoded=True), json=HELLO, expect100=True) as response:
+        assert response.status == 200
+    async with http.get(URL(echo_url + target, encoded=True)) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+    metrics = await (await http.get(echo_url + "/metrics")).text()
+    counted = f'modelbus_gateway_requests_total{{model="echo",route="{CHAT}",status="200"}} 2.0'
+    assert counted in metrics
+
+
+async def test_old_http_and_connections_that_close_get_whole_answers(echo_url: str) -> None:
+    """These are answered by the long way."""
+    body = json.dumps(HELLO).encode()
+    host, port = URL(echo_url).host, URL(echo_url).port
+    for version, header in (("1.0", ""), ("1.1", "Connection: close\r\n")):
+        reader, writer = await asyncio.open_connection(host, port)
+        head = f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n{header}Content-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(f"HTTP/{version} 200 OK".encode())
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"] == "Hello there"
 
 
 async def test_an_unknown_model_is_a_404(url: str, http: aiohttp.ClientSession) -> None:

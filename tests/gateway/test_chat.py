@@ -87,10 +87,9 @@ async def test_streamed_choices_are_the_plain_ones(client: openai.AsyncOpenAI) -
 
 
 async def test_what_the_engine_cannot_do_is_a_400_that_names_the_field(client: openai.AsyncOpenAI) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="echo", messages=[USER], tools=[tool])  # type: ignore[list-item]
-    assert caught.value.param == "tools"
+        await client.chat.completions.create(model="echo", messages=[USER], logit_bias={"7": 1})
+    assert caught.value.param == "logit_bias"
     assert caught.value.code == "unsupported_field"
 
 

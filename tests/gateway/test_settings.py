@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from modelbus.cli.gateway import serve
 from modelbus_broker.errors import ConfigurationError
-from modelbus_gateway.settings import gateway_settings
+from modelbus_gateway.settings import _parser, gateway_settings
 
 BUS = ["--address", "nats://127.0.0.1:4222"]
 
@@ -70,3 +72,38 @@ def test_tls_files_that_cannot_be_used_stop_the_program(tmp_path: Path) -> None:
 def test_other_names_for_models_are_read() -> None:
     settings = gateway_settings([*BUS, "--served_model_name", "gpt-4=chat", "default"])
     assert settings.served_model_names == {"gpt-4": "chat", "default": ""}
+
+
+def test_the_command_line_has_every_flag_of_the_gateway_and_hands_it_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "prices.json").write_text("{}")
+    given: dict[str, tuple[str, object]] = {
+        "host": ("0.0.0.0", "0.0.0.0"), "port": ("8123", 8123), "processes": ("2", 2), "response-role": ("bot", "bot"),
+        "allowed-origins": ("http://a", ("http://a",)), "allowed-methods": ("GET", ("GET",)), "allowed-headers": ("X", ("X",)),
+        "served-model-name": ("gpt=chat", {"gpt": "chat"}), "prices": (str(tmp_path / "prices.json"),) * 2,
+        "files-root": (str(tmp_path), str(tmp_path)), "max-file-mb": ("2", 2 << 20), "max-body-mb": ("0.5", 1 << 19),
+        "search-service": ("second", "second"), "embedding-model": ("emb", "emb"), "rewrite-model": ("chat", "chat"),
+        "client-stall": ("5", 5.0), "headers-after": ("0", 0.0), "orphan-grace": ("7.5", 7.5), "shutdown-grace": ("1", 1.0),
+        "log-level": ("debug", "debug"), "allow-credentials": ("", True), "allow-adapter-updates": ("", True),
+    }  # fmt: skip
+    field_of = {
+        "max-file-mb": "max_file_bytes",
+        "max-body-mb": "max_body_bytes",
+        "served-model-name": "served_model_names",
+    }
+    field_of |= {flag: f"{flag.replace('-', '_')}_s" for flag, (_, value) in given.items() if isinstance(value, float)}
+    words = [word for flag, (value, _) in given.items() for word in (f"--{flag}", value) if word]
+    ran: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda path, arguments, environment: ran.append((arguments, environment)))
+    done = CliRunner().invoke(serve, [*words, *BUS, "--api-key", "secret"])
+    ((arguments, environment),) = ran
+
+    settings = gateway_settings(arguments[3:])
+    assert done.exit_code == 0 and arguments[1:3] == ["-m", "modelbus_gateway"]
+    assert {flag: getattr(settings, field_of.get(flag, flag.replace("-", "_"))) for flag in given} == {
+        flag: value for flag, (_, value) in given.items()
+    }
+    assert environment["MODELBUS_API_KEY"] == "secret" and "secret" not in arguments
+    flags = {flag for action in _parser()._actions for flag in action.option_strings}
+    assert flags - {flag for option in serve.params for flag in option.opts} == {"-h", "--help"}

@@ -14,6 +14,7 @@ from modelbus_broker.messages import (
     Completion,
     Embedding,
     ImagePart,
+    Ladder,
     Sampling,
     WorkerRecord,
     decode_task,
@@ -80,23 +81,28 @@ def test_the_common_request_needs_no_capability() -> None:
         ({"frequency_penalty": -1}, Need("frequency_penalty", "penalties")),
         ({"logit_bias": {"7": -100}}, Need("logit_bias", "logit_bias")),
         ({"logprobs": True, "top_logprobs": 3}, Need("logprobs", "logprobs")),
-        ({"tools": [TOOL]}, Need("tools", "tools")),
-        ({"functions": [TOOL["function"]]}, Need("functions", "tools")),
-        ({"response_format": {"type": "json_object"}}, Need("response_format", "json_object")),
+        ({"tools": [TOOL], "ladder": {"rungs": ["native"]}}, Need("tools", "rungs:tools:native")),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
-            Need("response_format", "json_schema"),
+            {"response_format": {"type": "json_object"}, "ladder": {"rungs": ["native", "grammar"]}},
+            Need("response_format", "rungs:schema:native,grammar"),
         ),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, Need("messages[0].content[0].image_url", "vision")),
         ({"top_k": 4}, Need("top_k", "field:top_k")),
         ({"reasoning_effort": "low"}, Need("reasoning_effort", "field:reasoning_effort")),
         ({"guided_regex": "a+"}, Need("guided_regex", "field:guided_regex")),
         ({"service_tier": "flex"}, Need("service_tier", "field:service_tier")),
-        ({"parallel_tool_calls": False, "tools": [TOOL]}, Need("parallel_tool_calls", "field:parallel_tool_calls")),
     ],
 )
 def test_what_only_some_engines_can_do_becomes_a_need(fields: dict[str, Any], need: Need) -> None:
     assert need in chat(**fields).needs
+
+
+def test_forms_need_nothing_of_an_engine() -> None:
+    asked = chat(tools=[TOOL], parallel_tool_calls=False, response_format={"type": "json_object"}, ladder={"reasks": 1})
+
+    assert asked.needs == []
+    assert isinstance(asked.task, Chat) and asked.task.ladder == Ladder(reasks=1)
+    assert chat_task(ladder={"reasks": 1}).ladder is None, "no form is asked for"
 
 
 def test_engine_fields_without_a_place_in_the_task_travel_as_extra() -> None:
@@ -352,6 +358,16 @@ def test_a_need_is_met_when_one_live_worker_can() -> None:
     check_needs(
         [Need("tools", "tools"), Need("top_k", "field:top_k")], "m", [worker(), worker(tools=True, extra_fields=["*"])]
     )
+
+
+def test_rungs_are_looked_for_among_the_live_workers() -> None:
+    able = worker(json_schema=True, grammar=True, tools=True)
+    for wanted in ("rungs:schema:grammar", "rungs:tools:native,grammar", "rungs:tools:prompted"):
+        check_needs([Need("x", wanted)], "m", [worker(), able])
+    for wanted in ("rungs:schema:native", "rungs:tools:native"):
+        with pytest.raises(UnsupportedField):
+            check_needs([Need("x", wanted)], "m", [worker(), able])
+    check_needs([Need("x", "rungs:tools:native")], "m", [worker(tools=True, native_tools=True)])
 
 
 def test_a_need_that_no_live_worker_meets_is_refused() -> None:
