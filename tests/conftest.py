@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from modelbus_broker.settings import BusSettings
 from modelbus_broker.topology import declare_bus
 
 from tests.helpers.cluster import Cluster
+from tests.helpers.vllm_tests import VLLM_TESTS
 
 # Several tests run side by side: engines that wait for each other's threads only slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt: a handler,
+# unlike that, is not handed on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # These run inside .venv-vllm, where tests/workers/engines/test_vllm_environment.py starts them.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["workers/engines/test_vllm.py"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else list(VLLM_TESTS)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,15 +41,38 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+#: The files that take longest, in seconds with two cores. What is not named here takes a few.
+_SECONDS = {
+    "workers/engines/test_vllm_environment.py": 270,
+    "system/test_failover.py": 170,
+    "system/test_bus_failures.py": 120,
+    "workers/engines/test_transformers_forms.py": 80,
+    "system/chaos/test_chaos.py": 75,
+    "system/test_cancelling.py": 60,
+    "workers/engines/test_transformers.py": 50,
+    "system/test_cli.py": 50,
+    "system/test_hanging.py": 35,
+    "workers/engines/test_llama_cpp.py": 30,
+    "workers/test_worker.py": 30,
+    "system/test_seed_document.py": 25,
+    "system/test_seed_python.py": 25,
+    "system/test_rolling.py": 25,
+    "system/test_jobs.py": 20,
+    "system/test_poison.py": 20,
+    "system/test_draining.py": 20,
+    "system/test_storage.py": 20,
+    "workers/test_ledger.py": 20,
+    "workers/test_uncertain_runs.py": 20,
+}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests that may take long come first, so that side by side none of them is left to run alone."""
-    patience: dict[Path, float] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        allowed = float(marker.args[0]) if marker is not None else 0.0
-        patience[item.path] = max(allowed, patience.get(item.path, 0.0))
-    items.sort(key=lambda item: -patience[item.path])
+    """The longest files come first, so that side by side none of them is left to run alone at the end."""
+    here = Path(__file__).parent
+    missing = [name for name in _SECONDS if not (here / name).is_file()]
+    assert not missing, f"tests/conftest.py tells of files that are gone: {missing}"
+    items.sort(key=lambda item: -_SECONDS.get(item.path.relative_to(here).as_posix(), 0))
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ from tests.helpers.asking import begun, chat, outcomes, read, usage_events
 from tests.helpers.cluster import Cluster, WorkerProcess, echo_deployment
 from tests.helpers.command_line import SCRIPTS, modelbus
 from tests.helpers.gateways import Start
-from tests.helpers.hosts import until
+from tests.helpers.hosts import freeze, until
 
 SEED = 4_242
 CHAT = "/v1/chat/completions"
@@ -142,7 +142,7 @@ async def test_a_request_cancelled_before_the_queue_has_answered_leaves_the_queu
     async with asyncio.timeout(30):
         while "echo" not in publisher.registry.models():
             await publisher.registry.changed(1.0)
-    os.kill(cluster.server.pid, signal.SIGSTOP)
+    freeze(cluster.server.pid)
     try:
         calls = [await publisher.publish("echo", chat("go"), CallOptions(wait=True)) for _ in range(3)]
         taking_back = asyncio.gather(*(call.cancel() for call in calls))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -22,6 +23,7 @@ from modelbus_broker.connection import Bus
 from modelbus_broker.settings import bus_settings
 from modelbus_broker.topology import queued
 
+from tests.helpers.adapters import empty_adapter
 from tests.helpers.command_line import SCRIPTS, Ran, environment, free_port, modelbus, modelbus_ok, processes_of
 
 ECHO = ("--pretrained_model_type", "echo")
@@ -400,3 +402,29 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(head: Path) -> None:
     assert modelbus("dead", "drop").code == 2
     assert modelbus_ok("dead", "drop", str(second["number"])).json() == {"dropped": 1}
     assert modelbus_ok("dead", "drop", "--all").json() == {"dropped": 0}
+
+
+def test_adapters_come_and_go_while_a_model_runs(head: Path, tmp_path: Path) -> None:
+    folder = str(empty_adapter(tmp_path / "pirate"))
+    modelbus_ok("deploy", *ECHO, "--infer_params", "backend.adapters=true", "--model", "chat")
+    added = modelbus_ok("adapters", "add", "chat", "pirate", folder).json()
+    assert (added["model"], added["name"], added["path"]) == ("chat", "pirate", folder)
+    assert modelbus_ok("query", "--model", "chat:pirate", "--query", "ahoy").out.strip() == "[pirate] ahoy"
+    assert modelbus_ok("adapters", "add", "chat", "pirate", folder, "--replace").json()["path"] == folder
+    missing = modelbus("adapters", "add", "chat", "cook", str(tmp_path / "none"))
+    assert missing.code == 1 and f"on host {socket.gethostname()}: there is no folder" in missing.err
+    assert [item["name"] for item in modelbus_ok("adapters", "list", "chat").json()] == ["pirate"]
+    modelbus_ok("adapters", "remove", "chat", "pirate")
+    unknown = modelbus("query", "--model", "chat:pirate", "--query", "ahoy")
+    assert unknown.code == 4 and "has no adapter 'pirate'" in unknown.err
+
+    # Whoever takes a model down takes its adapters with it.
+    modelbus_ok("adapters", "add", "chat", "pirate", folder)
+    modelbus_ok("undeploy", "--model", "chat")
+    assert asyncio.run(adapters_left()) == []
+
+
+async def adapters_left() -> list[str]:
+    async with await Bus.connect(bus_settings(), name="test") as bus:
+        entries = await Bucket(bus, names.BUCKET_ADAPTERS).all()
+        return [key for key, entry in entries.items() if not entry.deleted]

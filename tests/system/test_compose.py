@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from modelbus.cli.storage import storage
+from modelbus.spec import parse_params
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable
 from modelbus_broker.server import nats_server_binary
@@ -25,7 +27,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose"
-FILES = [COMPOSE / "docker-compose.yml", COMPOSE / "cluster.yml"]
+SEARCH = COMPOSE / "elasticsearch.yml"
+FILES = [COMPOSE / "docker-compose.yml", COMPOSE / "cluster.yml", SEARCH]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -53,6 +56,19 @@ def test_every_file_that_the_services_mount_exists_or_is_made_by_prepare(tmp_pat
             name = entry["file"].removeprefix("./")
             place = tmp_path / name.removeprefix("secrets/") if name.startswith("secrets/") else COMPOSE / name
             assert place.is_file(), name
+
+
+def test_elasticsearch_has_the_free_licence_keeps_its_data_and_its_search_service_can_be_started() -> None:
+    services = YAML(typ="safe").load(SEARCH.read_text())["services"]
+    server, (command, *arguments) = services["elasticsearch"], services["storage"]["command"][1:]
+    assert server["environment"]["xpack.license.self_generated.type"] == "basic"
+    assert server["environment"]["xpack.security.enabled"] == "true" and "healthcheck" in server
+    assert server["volumes"] == ["elasticsearch:/usr/share/elasticsearch/data"] and server["networks"] == ["search"]
+    assert services["worker"]["networks"] == ["search"]
+    start = storage.commands[command]
+    given = start.make_context(command, list(arguments)).params
+    assert given["url"] == "http://elasticsearch:9200"
+    assert parse_params(given["infer_params"]) == {"user": "elastic", "password": "env:ELASTIC_PASSWORD"}
 
 
 def test_prepare_keeps_what_is_there(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from modelbus.testing.echo import count_tokens
 from modelbus_broker import names
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.calls import Call
-from modelbus_broker.connection import Bus
-from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Sampling, Usage
+from modelbus_broker.connection import Bus, Msg
+from modelbus_broker.kept import read_kept
+from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Sampling, Usage, decode_frames, encode
 from modelbus_broker.publisher import Publisher
 from modelbus_broker.server import EmbeddedServer, ServerSettings
 from modelbus_broker.settings import BusSettings
@@ -31,7 +32,7 @@ from tests.helpers.faulty_upstream import ANSWER, HALF, Fault, faulty_upstream
 from tests.helpers.gateways import Start
 from tests.helpers.hosts import until
 from tests.helpers.namespaces import Namespace
-from tests.helpers.smollm2 import smollm2
+from tests.helpers.smollm2 import smollm2, smollm2_gguf
 
 SEED = 2_718
 TOKENS = 150
@@ -254,23 +255,35 @@ TASKS += [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder() -> str:
-    """Of the real model; made before a test's bus starts, as it may take longer than a connection may be silent."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    return str(smollm2())
+@pytest.fixture
+def real_model(request: pytest.FixtureRequest) -> Deployment:
+    """Made before a test's bus starts, as its weights may take longer than a connection may be silent."""
+    engine: str = request.param
+    if engine == "transformers":
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+        path, params = smollm2(), {"dtype": "float32", "num_threads": "1"}
+    else:
+        pytest.importorskip("llama_cpp", reason="there is no llama-cpp-python: make llama-cpp-setup")
+        path, params = smollm2_gguf(), {"n_ctx": "1024", "n_threads": "1"}
+    return Deployment(
+        name="chat", model="chat", engine=engine, revision="1", model_path=str(path), replicas=3, slots=3,
+        engine_params=params,
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-async def test_a_real_model_goes_on_token_for_token(folder: str, cluster: Cluster, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("real_model", "how"),
+    [("transformers", signal.SIGKILL), ("transformers", signal.SIGSTOP), ("llama_cpp", signal.SIGKILL)],
+    ids=["transformers killed", "transformers frozen", "llama_cpp killed"],
+    indirect=["real_model"],
+)
+async def test_a_real_model_goes_on_token_for_token(
+    real_model: Deployment, cluster: Cluster, how: signal.Signals
+) -> None:
     print(f"seed {SEED}")
-    chance = random.Random(SEED + how)
-    deployment = Deployment(
-        name="chat", model="chat", engine="transformers", revision="1", model_path=folder, replicas=3, slots=3,
-        engine_params={"dtype": "float32", "num_threads": "1"},
-    )  # fmt: skip
+    chance, deployment = random.Random(SEED + how), real_model
     await cluster.declare(deployment)
     workers = [cluster.start_worker(deployment, replica=n) for n in range(2)]
     await cluster.wait_ready("chat", 2, timeout_s=120)
@@ -365,3 +378,29 @@ def _text(events: bytes) -> str:
             for choice in msgspec.json.decode(data).get("choices", ()):
                 text += choice["delta"].get("content") or ""
     return text
+
+
+async def test_an_answer_that_its_worker_kept_before_it_died_is_not_made_again(cluster: Cluster) -> None:
+    [worker] = await cluster.deploy_echo()
+    publisher = await cluster.publisher()
+    hears = publisher._on_frames
+
+    def first_only(msg: Msg) -> None:
+        frames = [frame for frame in decode_frames(msg.data) if frame.seq == 0]
+        hears(Msg(msg.subject, msg.reply, encode(frames)))
+
+    frames, *_ = publisher._subscriptions
+    await frames.unsubscribe()
+    publisher._subscriptions[0] = await publisher.bus.subscribe(names.response_subject(publisher.id, "*"), first_only)
+    options = CallOptions(answer_kept_s=600)
+    async with asyncio.timeout(60):
+        call = await publisher.submit("echo", chat("kept and not heard"), options)
+        while await read_kept(cluster.bus, call.id) is None:
+            await asyncio.sleep(0.02)
+        worker.send_signal(signal.SIGKILL)
+        await worker.wait()
+        cluster.start_worker(worker.deployment)
+        assert await read(call) == whole("kept and not heard", 0)
+    await settled(cluster.bus, "echo")
+    # Nothing of another attempt; of the first neither, where its worker died before it could book it.
+    assert {names.parse_run(event.run)[0] for event in await usage_events(cluster.bus)} <= {1}

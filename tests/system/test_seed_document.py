@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import msgspec
 import pytest
 
 from tests.helpers.command_line import environment, modelbus
+from tests.helpers.seed_document import COPY, commands, document
 from tests.helpers.smollm2 import smollm2
 from tests.helpers.transformers_serve import Served, transformers_serve
 
@@ -20,24 +19,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("torch")
 
-COPY = Path(__file__).with_name("seed_commands.md")
 KEY = "sk-key-of-the-seed-test"
-#: The commands that belong to this part; installing and the store are other parts.
-_OURS = re.compile(r"byzerllm (deploy|query|stat|serve|undeploy)\b|ray start --head")
-
-
-def document() -> Path:
-    """The document itself where it is, else our copy of its commands."""
-    named = os.environ.get("MODELBUS_SEED_DOCUMENT")
-    beside = Path(__file__).resolve().parents[3] / "shared" / "seed-document.md"
-    return Path(named) if named else beside if beside.exists() else COPY
-
-
-def commands(text: str) -> list[str]:
-    """The commands in its bash blocks, in order; a backslash goes on in the next line."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    joined = (line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines())
-    return [line.strip() for line in joined if _OURS.match(line.strip())]
 
 
 def as_modelbus(command: str, served: Served) -> str:
@@ -79,7 +61,7 @@ def test_our_copy_of_the_commands_is_what_the_document_says() -> None:
 def test_every_command_of_the_document_works(served: Served, isolated_home: Path, stopped_afterwards: None) -> None:
     for command in commands(document().read_text()):
         if "--infer_backend vllm" in command:
-            continue  # the engine vllm is a part of its own
+            continue  # in tests/workers/engines/test_vllm_command.py, where vLLM is
         done = shell(as_modelbus(command, served))
         said = f"{command}\n{done.stdout}\n{done.stderr}"
         if "--port 80000" in command:
