@@ -41,7 +41,7 @@ class Watch:
 
 
 @asynccontextmanager
-async def _watching(stand: Stand) -> AsyncIterator[Watch]:
+async def watching(stand: Stand) -> AsyncIterator[Watch]:
     watch = Watch()
     subscriptions = [
         await stand.bus.subscribe(names.response_subject("*", "*"), watch.frames),
@@ -79,7 +79,7 @@ async def failover(stand: Stand, plan: Plan) -> list[Line]:
     await stand.another_worker("steady")
     url = f"http://127.0.0.1:{await stand.gateway()}/v1/chat/completions"
     gaps: list[float] = []
-    async with _watching(stand) as watch, aiohttp.ClientSession() as session:
+    async with watching(stand) as watch, aiohttp.ClientSession() as session:
         for _ in range(plan.rounds):
             readers = [_Reader() for _ in range(STREAMS)]
             async with asyncio.TaskGroup() as group:
@@ -112,7 +112,7 @@ async def cancel(stand: Stand, plan: Plan) -> list[Line]:
     await stand.model("endless")
     url = f"http://127.0.0.1:{await stand.gateway()}/v1/chat/completions"
     took: list[float] = []
-    async with _watching(stand) as watch, aiohttp.ClientSession() as session:
+    async with watching(stand) as watch, aiohttp.ClientSession() as session:
         for number in range(CANCELS):
             client = asyncio.create_task(_hold(session, url, stream=number % 2 > 0))
             async with asyncio.timeout(30):

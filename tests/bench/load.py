@@ -34,6 +34,7 @@ class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
     warmup_s: float = 0.5  #: before it; the connections start spread over this time
     stream: bool = False
     once: bool = False  #: one request per connection, to its end, however long it takes
+    numbered: bool = False  #: six zeros in the body become the number of the request
     requests: int = 0  #: so many in all, however long they take, and no warm-up
 
 
@@ -105,12 +106,16 @@ class _Connection(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             return
         if self.run.job.requests and self.run.sent >= self.run.job.requests:
+            self.closing = True  # a server may end a connection that says nothing any more
             self.run.one_ended()
             return
         self.run.sent += 1
         self.buffer, self.in_body, self.waiting_for_first = b"", False, True
         self.sent = perf_counter()
-        self.transport.write(self.run.request)
+        request = self.run.request
+        if self.run.job.numbered:
+            request = request.replace(b"000000", b"%06d" % self.run.sent)
+        self.transport.write(request)
 
     def close(self) -> None:
         self.closing = True

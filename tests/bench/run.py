@@ -23,10 +23,19 @@ import msgspec
 from modelbus_broker.storing import PublisherSettings
 
 from .failing import cancel, failover
+from .knowing import knowledge
+from .llama import llama_cpp
 from .load import LoadJob, LoadResult
 from .plan import Line, Plan
+from .prompting import prompts
+from .quality import search_quality
+from .searching import search
+from .serving import transformers_engine
 from .soak import soak
 from .stand import LITELLM, ROOT, Stand, stand
+from .starting import storage_start
+from .structure import structure
+from .vllm import vllm, vllm_kill
 
 LONG_PROMPT = "word " * 99_999 + "word"
 
@@ -236,9 +245,19 @@ ROWS: dict[str, Row] = {
     "imports": imports,
     "litellm": litellm,
     "guarantees": guarantees,
+    "llama_cpp": llama_cpp,
     "failover": failover,
     "cancel": cancel,
+    "prompts": prompts,
+    "search": search,
+    "storage-start": storage_start,
+    "knowledge": knowledge,
+    "search-quality": search_quality,
+    "transformers_engine": transformers_engine,
     "soak": soak,
+    "structure": structure,
+    "vllm": vllm,
+    "vllm-kill": vllm_kill,
 }
 
 

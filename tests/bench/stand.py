@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -35,6 +35,8 @@ from .bare import Answers
 from .load import LoadJob, LoadResult
 
 ROOT = Path(__file__).resolve().parents[2]
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
+WORKER = ("-m", "modelbus_workers.worker")
 LITELLM = ROOT / ".venv-litellm" / "bin" / "litellm"
 ANSWER = "The capital of France is Paris."
 QUESTION = "What is the capital of France?"
@@ -67,7 +69,6 @@ class Stand:
         """Has a worker of this model ready; with ``upstream`` on the engine ``openai`` in front of that URL."""
         if name in self._workers:
             return
-        self._workers[name] = []
         engine, params, usage_events = MODELS.get(name, ("openai", {}, True))
         if upstream:
             params = {"base_url": upstream, "api_key": "none", "model": "chat", "task": "chat"}
@@ -75,9 +76,31 @@ class Stand:
             name=name, model=name, engine=engine, revision="1", engine_params=params, slots=2048,
             pretrained_model_type="saas/openai" if upstream else "echo",
         )  # fmt: skip
-        await declare_model(self.bus, name)
-        await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(names.deployment_key(name), encode(deployment))
+        await self.deployed(deployment, usage_events=usage_events)
+
+    async def llama_cpp(self, name: str, file: Path, params: dict[str, str]) -> None:
+        """Has a worker of this GGUF file ready, with four slots."""
+        deployment = Deployment(
+            name=name, model=name, engine="llama_cpp", revision="1", engine_params=params, slots=4, model_path=str(file),
+            pretrained_model_type="custom/auto",
+        )  # fmt: skip
+        await self.deployed(deployment)
+
+    async def deployed(self, deployment: Deployment, *, usage_events: bool = True) -> None:
+        """Has a worker of this deployment ready."""
+        self._workers[deployment.name] = []
+        await declare_model(self.bus, deployment.model)
+        key = names.deployment_key(deployment.name)
+        await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(key, encode(deployment))
         await self._worker(deployment, usage_events)
+
+    async def search_service(self, name: str, folder: Path) -> None:
+        """Has an embedded search service ready, with its stores in a folder."""
+        if name not in self._workers:
+            folder.mkdir(parents=True, exist_ok=True)
+            await self.deployed(
+                Deployment(name=name, model=name, engine="search", revision="1", model_path=str(folder))
+            )
 
     async def another_worker(self, name: str) -> None:
         """One more worker of a model that is there already."""
@@ -88,13 +111,29 @@ class Stand:
         )  # fmt: skip
         await self._worker(deployment, usage_events)
 
-    async def _worker(self, deployment: Deployment, usage_events: bool) -> None:
+    async def vllm_worker(self, deployment: Deployment, command: Sequence[str] = WORKER) -> int:
+        """A worker, or one more, that runs where vLLM is installed; returns its process id."""
+        if deployment.name not in self._workers:
+            self._workers[deployment.name] = []
+            await declare_model(self.bus, deployment.model)
+            key = names.deployment_key(deployment.name)
+            await Bucket(self.bus, names.BUCKET_DEPLOYMENTS).put(key, encode(deployment))
+        await self._worker(deployment, usage_events=True, command=[str(VLLM), *command], timeout_s=600.0)
+        return self._workers[deployment.name][-1][1].pid
+
+    async def _worker(
+        self,
+        deployment: Deployment,
+        usage_events: bool,
+        command: Sequence[str] = (sys.executable, *WORKER),
+        timeout_s: float = 120.0,
+    ) -> None:
         name = deployment.name
         job = WorkerJob(
             worker_id=names.new_worker_id(), deployment=deployment, bus=BusSettings(url=self.server.url), node="bench",
             params=deployment.engine_params, usage_events=usage_events, log_level="WARNING",
         )  # fmt: skip
-        worker = self._start([sys.executable, "-m", "modelbus_workers.worker"], f"worker-{name}")
+        worker = self._start(list(command), f"worker-{name}")
         assert worker.stdin is not None
         worker.stdin.write(msgspec.json.encode(job))
         worker.stdin.close()
@@ -103,7 +142,7 @@ class Stand:
         await registry.start()
         try:
             ready = lambda: any(record.id == job.worker_id for record in registry.workers_of(name))  # noqa: E731
-            await self._until(ready, worker, f"worker-{name}")
+            await self._until(ready, worker, f"worker-{name}", timeout_s)
             compats = sorted({record.compat for record in registry.workers_of(name) if record.compat})
             await declare_model(self.bus, name, compats=compats)
         finally:
@@ -202,6 +241,18 @@ class Stand:
         ]
         process = self._start(command, "litellm", environment=environment)
         await self._until_http(f"http://127.0.0.1:{port}/health/liveliness", process, "litellm", timeout_s=120)
+        return port
+
+    async def llama_server(self, python: Path, file: Path, settings: dict[str, str]) -> int:
+        """The port of llama-cpp-python's own server of this file, in the environment of this Python."""
+        port = free_port()
+        options = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        command = [
+            str(python), str(ROOT / "tests" / "bench" / "llama_server.py"), "--model", str(file), "--host", "127.0.0.1",
+            "--port", str(port), "--interrupt_requests", "false", *options,
+        ]  # fmt: skip
+        process = self._start(command, "llama-server")
+        await self._until_http(f"http://127.0.0.1:{port}/v1/models", process, "llama-server", timeout_s=120)
         return port
 
     async def load(self, job: LoadJob) -> LoadResult:

@@ -14,6 +14,7 @@ from aiohttp import web
 from modelbus_broker.settings import BusSettings
 from modelbus_broker.storing import PublisherSettings
 from modelbus_gateway.app import create_app
+from modelbus_gateway.dispatch import shorten
 from modelbus_gateway.settings import GatewaySettings
 
 
@@ -27,6 +28,8 @@ async def serve(job: WeakenedGateway) -> None:
     app = create_app(GatewaySettings(bus=BusSettings(url=job.url), port=job.port), publishing=job.publishing)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
+    assert runner.server is not None
+    shorten(runner.server, app)
     await web.TCPSite(runner, "127.0.0.1", job.port, backlog=1024).start()
     await asyncio.Event().wait()
 
