@@ -1,6 +1,6 @@
 """Writes what is generated in docs/ again: `make docs`. With --check it only says whether all of it is up to date.
 
-docs/cli.md comes from the command line's own help, the tables in docs/structure.md from the modules' docstrings.
+docs/cli.md comes from the command line's own help, docs/api.md and the tables in docs/structure.md from docstrings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from api_page import api_page
 from modelbus.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ piped or with `--json`; progress and errors go to standard error.
 | 2 | wrong usage, or a value that cannot be |
 | 3 | no bus, or nothing runs on this host |
 | 4 | no model, request or dead letter of that name |
+| 5 | done but for parts of what was given, such as files that cannot be read; they are named |
 | 130 | interrupted by Ctrl-C |
 """
 
@@ -50,6 +52,7 @@ def main() -> int:
 def generated() -> Iterator[tuple[Path, str]]:
     """The documents with generated parts, as they should be."""
     yield ROOT / "docs" / "cli.md", command_line_page()
+    yield ROOT / "docs" / "api.md", api_page(ROOT)
     structure = ROOT / "docs" / "structure.md"
     yield structure, replace(structure.read_text(), "modules", "\n\n".join(module_table(root) for root in PACKAGES))
 
