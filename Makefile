@@ -1,6 +1,6 @@
 # Everything that can be done with a checkout; `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-setup vllm-setup chaos docs lock clean
+.PHONY: help setup demo test lint format bench bench-setup vllm-setup llama-cpp-setup chaos docs lock clean
 SHELL := /bin/bash
 
 # The first Python of this machine that is new enough; name another with PYTHON=...
@@ -8,8 +8,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 MADE := .venv/.made
 BIN := .venv/bin
-# So many tests run at once; most of them wait for something. AT_ONCE=0 shows what a test prints.
-AT_ONCE ?= 2
+# So many tests run at once: most of them wait for something, so that two leave half the time of two cores.
+# AT_ONCE=0 shows what a test prints.
+AT_ONCE ?= 3
 SOURCES := broker sdk workers gateway tests scripts compose
 
 help: ## this list
@@ -42,14 +43,23 @@ bench: $(MADE) ## measure against a bare server, ratios in a table; some rows: m
 chaos: $(MADE) ## kill workers, gateways and bus servers under load, count what came back: make chaos ARGS="--requests 10000 --seed 1"
 	@$(BIN)/python -m tests.system.chaos.run $(ARGS)
 
-bench-setup: $(MADE) ## make .venv-litellm, the proxy that one row of the table is compared with
+bench-setup: $(MADE) ## make .venv-litellm, .venv-llama-server and .venv-lancedb, which rows are compared with; add an embedding model
 	@[[ -x .venv-litellm/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-litellm
 	$(BIN)/uv pip install --python .venv-litellm/bin/python --constraint constraints/litellm.txt 'litellm[proxy]'
+	@[[ -x .venv-lancedb/bin/python ]] || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-lancedb
+	$(BIN)/uv pip install --python .venv-lancedb/bin/python --constraint constraints/lancedb.txt lancedb psutil
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints/core.txt --editable '.[bench]'
+	@scripts/setup-llama-cpp.sh server
 
 vllm-setup: $(MADE) .venv-vllm/.made ## make .venv-vllm, in which the vllm engine is tested
 
 .venv-vllm/.made: pyproject.toml constraints/vllm.txt scripts/setup-vllm.sh
 	@scripts/setup-vllm.sh
+
+llama-cpp-setup: $(MADE) .venv/.made-llama-cpp ## add llama-cpp-python to .venv, for the tests of the llama_cpp engine: it is compiled
+
+.venv/.made-llama-cpp: constraints/core.txt scripts/setup-llama-cpp.sh scripts/llama-cpp.cmake
+	@scripts/setup-llama-cpp.sh
 
 docs: $(MADE) ## write the generated parts of docs/ again (the command line's help)
 	@$(BIN)/python scripts/docs.py
@@ -58,5 +68,5 @@ lock: $(MADE) ## write constraints/ from the environments as they are now
 	@$(BIN)/python scripts/lock.py
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-openai2 .venv-litellm .venv-vllm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-openai2 .venv-litellm .venv-llama-server .venv-lancedb .venv-vllm .cache dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

