@@ -11,6 +11,8 @@ BIN := .venv/bin
 # So many tests run at once: most of them wait for something, so that two leave half the time of two cores.
 # AT_ONCE=0 shows what a test prints.
 AT_ONCE ?= 3
+# A test that fails gets one more try, as real processes on a busy machine may be late; what failed first is printed whole.
+AGAIN ?= 1
 SOURCES := broker sdk workers gateway tests scripts compose
 
 help: ## this list
@@ -27,7 +29,7 @@ demo: $(MADE) ## start a bus and a real language model, ask it a question throug
 	@$(BIN)/python scripts/demo.py
 
 test: $(MADE) ## all tests, with real servers and processes; one file: make test ARGS=tests/broker/test_x.py
-	@$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder --reruns $(AGAIN) $(ARGS)
 
 lint: $(MADE) ## ruff, mypy --strict and the direction of imports
 	@$(BIN)/ruff check $(SOURCES)

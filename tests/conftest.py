@@ -41,6 +41,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What failed and passed when it was tried again: each is a test, or a promise, that does not hold every time."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"failed first: {report.nodeid} ({report.when})", red=True)
+        terminalreporter.line(report.longreprtext)
+        for title, content in report.sections:
+            terminalreporter.line(f"{title}: {content[-10_000:]}")
+
+
 #: The files that take longest, in seconds with two cores. What is not named here takes a few.
 _SECONDS = {
     "workers/engines/test_vllm_environment.py": 270,
