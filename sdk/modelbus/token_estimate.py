@@ -13,13 +13,21 @@ from modelbus_broker.messages import Chat, ChatMessage, Completion, Embedding
 
 _WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _TOKEN = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]{{1,6}}|[^\w\s]")
+#: Characters from which on a text is counted by samples, so that one of megabytes holds nobody up; how many, how long.
+_LONG, _SAMPLES, _SAMPLE = 1 << 19, 64, 1 << 12
 #: What a chat template adds to each message, and to the answer's beginning.
 _PER_MESSAGE, _PER_ANSWER = 4, 3
 
 
 def estimate_text(text: str) -> int:
-    """About how many tokens the text has; at least 1 if it has any character."""
-    return sum(1 for _ in _TOKEN.finditer(text)) or int(bool(text))
+    """About how many tokens the text has; at least 1 if it has any character. Of a long one parts are counted, from all over
+    it: at most 262,144 characters."""
+    if len(text) < _LONG:
+        return sum(1 for _ in _TOKEN.finditer(text)) or int(bool(text))
+    last = len(text) - _SAMPLE
+    starts = [last * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    found = sum(1 for start in starts for _ in _TOKEN.finditer(text, start, start + _SAMPLE))
+    return max(1, round(found * len(text) / (_SAMPLES * _SAMPLE)))
 
 
 def estimate_message(message: ChatMessage) -> int:
