@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from . import names
-from .errors import ModelNotFound, ModelUnavailable, QueueFull
+from .errors import InvalidRequest, ModelNotFound, ModelUnavailable, QueueFull
 from .messages import (
     Adapter,
     Chat,
@@ -30,12 +30,15 @@ from .registry import Registry
 
 DAY_MS = 24 * 3600 * 1000
 
+Lane = Literal["hi", "lo"]
+_LANES = get_args(Lane)
+
 
 class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller may say about one request."""
 
     budget_ms: int = 0  #: 0: the deployment's for lane hi, 24 h for lo and background
-    lane: Literal["hi", "lo"] = "hi"
+    lane: Lane = "hi"
     tenant: str = ""
     idempotency_key: str = ""
     background: bool = False
@@ -108,7 +111,15 @@ def check_room(
 def make_request(
     publisher: str, model: str, task: Task, options: CallOptions, deployments: Sequence[Deployment]
 ) -> Request:
-    """The request as its publisher sends it: what the caller leaves open comes from the model's first deployment."""
+    """The request as its publisher sends it: what the caller leaves open comes from the model's first deployment.
+
+    Raises:
+        InvalidRequest: an option has a value that it cannot have; ``param`` names it.
+    """
+    if options.lane not in _LANES:
+        raise InvalidRequest(f"lane must be {' or '.join(_LANES)}, not {options.lane!r}", param="lane")
+    if options.budget_ms < 0:
+        raise InvalidRequest(f"budget_ms must not be negative: {options.budget_ms}", param="budget_ms")
     deployment = deployments[0]
     budget_ms = options.budget_ms
     if not budget_ms:

@@ -145,7 +145,10 @@ class Jobs:
                 param="kept_s",
             )
         if not 0 <= options.budget_ms <= MOST_BUDGET_S * 1000:
-            raise InvalidRequest(f"a job may take at most {MOST_BUDGET_S // 3600} h", param="budget_ms")
+            most = MOST_BUDGET_S * 1000
+            raise InvalidRequest(
+                f"budget_ms of a job may be 0 to {most} ms, not {options.budget_ms}", param="budget_ms"
+            )
         options = msgspec.structs.replace(
             options,
             id=options.id or names.new_request_id(self._origin),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import modelbus
 import pytest
 from modelbus.errors import BusUnavailable, InvalidRequest, ModelNotFound, ModelUnavailable
 from modelbus.model_client import chat_task
+from modelbus_broker.asking import CallOptions
 from modelbus_broker.messages import Deployment
 from modelbus_broker.topology import depths
 
@@ -192,3 +194,15 @@ async def test_documents_are_ranked_and_texts_classified(cluster: Cluster) -> No
     ]  # fmt: skip
     assert [found.label for found in classes.texts] == ["short", "long"]
     assert sum(classes.texts[0].probabilities.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("options", "param"), [({"lane": "fast"}, "lane"), ({"budget_ms": -1}, "budget_ms")], ids=str)
+async def test_an_option_that_makes_no_sense_is_refused_by_its_name(
+    cluster: Cluster, options: dict[str, Any], param: str
+) -> None:
+    await cluster.deploy_echo("chat")
+    async with modelbus.connect(cluster.server.url) as client:
+        for ask in (client.chat, client.submit):
+            with pytest.raises(InvalidRequest, match=param) as refused:
+                await ask("chat", "hello", options=CallOptions(**options))
+            assert refused.value.param == param

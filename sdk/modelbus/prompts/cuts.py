@@ -130,18 +130,21 @@ class ItemsCut(Cut[T]):
 
 
 class PartialsCut(Cut[Partial[T]]):
-    """The object so far after each piece, and at last the object itself."""
+    """The object so far, after each piece that adds to it, and at last the object itself."""
 
     def __init__(self, output: OutputType[T]) -> None:
         self._begun = _Begun(output)
         self._last: Any = MISSING
+        self._done: frozenset[str] = frozenset()
 
     def feed(self, piece: str) -> list[Partial[T]]:
         value = self._begun.feed(piece)
         if value is MISSING:
             return []
         done = frozenset(value) - {self._begun.open} if isinstance(value, dict) else frozenset()
-        self._last = _copied(value)
+        if value == self._last and done == self._done:  # blanks, or a name whose value has not begun
+            return []
+        self._last, self._done = _copied(value), done
         return [Partial(self._last, done)]
 
     def finish(self, result: Result[Any]) -> list[Partial[T]]:

@@ -28,8 +28,10 @@ class AsyncStream(AsyncIterator[T]):
     """
 
     def __init__(self, start: Start, cut: Cut[T]) -> None:
-        self._result: Result[Any] | None = None
-        self._items = self._read(start, cut)
+        self._results: list[Result[Any]] = []
+        # Not a method: nothing that runs may hold the stream, so that one which is dropped (a loop that was left with
+        # `break`) is taken back there and then, and not when the cyclic collector comes by.
+        self._items = _read(start, cut, self._results)
 
     def __aiter__(self) -> Self:
         return self
@@ -54,36 +56,9 @@ class AsyncStream(AsyncIterator[T]):
         Raises:
             PromptError: it has not been read to its end.
         """
-        if self._result is None:
+        if not self._results:
             raise PromptError("the stream has not been read to its end: its result is not known yet")
-        return self._result
-
-    async def _read(self, start: Start, cut: Cut[T]) -> AsyncGenerator[T]:
-        """The call runs in a task of its own, through all that is laid around it. What it raises is raised when all
-        that came before has been given out."""
-        call, client = await start()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        task = asyncio.create_task(run(call, client, pieces.put_nowait), name=f"stream of {call.name}")
-        task.add_done_callback(lambda _: pieces.put_nowait(None))
-        try:
-            came = False
-            while (piece := await pieces.get()) is not None:
-                came = True
-                for item in cut.feed(piece):
-                    yield item
-            result = await task
-            if not came:  # who answered does not stream: a cache for instance
-                for item in cut.feed(result.raw):
-                    yield item
-            for item in cut.finish(result):
-                yield item
-            self._result = result
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()  # raised above, or less telling than what was
+        return self._results[0]
 
 
 class Stream(Iterator[T]):
@@ -121,6 +96,37 @@ class Stream(Iterator[T]):
     def result(self) -> Result[Any]:
         """See ``AsyncStream.result``."""
         return self._stream.result
+
+
+async def _read(start: Start, cut: Cut[T], results: list[Result[Any]]) -> AsyncGenerator[T]:
+    """The items of a call, and at their end its result.
+
+    The call runs in a task of its own, through all that is laid around it. What it raises is raised when all that came
+    before has been given out.
+    """
+    call, client = await start()
+    pieces: asyncio.Queue[str | None] = asyncio.Queue()
+    task = asyncio.create_task(run(call, client, pieces.put_nowait), name=f"stream of {call.name}")
+    task.add_done_callback(lambda _: pieces.put_nowait(None))
+    try:
+        came = False
+        while (piece := await pieces.get()) is not None:
+            came = True
+            for item in cut.feed(piece):
+                yield item
+        result = await task
+        if not came:  # who answered does not stream: a cache for instance
+            for item in cut.feed(result.raw):
+                yield item
+        for item in cut.finish(result):
+            yield item
+        results.append(result)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # raised above, or less telling than what was
 
 
 class _End(Exception):

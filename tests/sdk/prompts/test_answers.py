@@ -214,6 +214,20 @@ def test_a_value_that_is_no_object_may_grow_too() -> None:
     assert [(part.data, part.value) for part in parts] == [([1, 2], None), ([1, 2, 3], None), ([1, 2, 3], [1, 2, 3])]
 
 
+def test_a_piece_that_adds_nothing_to_an_object_gives_no_part() -> None:
+    cut: PartialsCut[Story] = PartialsCut(output_type(Story))
+
+    pieces = ["Here: ", '{"title"', ": ", '"a', '"', ", ", '"pages": ', "1", "\n", "}", "\n"]
+    parts = [(part.data, sorted(part.done)) for piece in pieces for part in cut.feed(piece)]
+
+    assert parts == [
+        ({}, []),
+        ({"title": "a"}, []),
+        ({"title": "a"}, ["title"]),
+        ({"title": "a", "pages": 1}, ["pages", "title"]),
+    ]
+
+
 # What is laid around calls
 
 

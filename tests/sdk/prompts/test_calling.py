@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -156,6 +157,17 @@ async def test_leaving_a_stream_early_takes_the_request_back(connected: None, cl
 
     await asyncio.to_thread(leave)
     await until_idle(client, "slow")
+
+    def drop() -> None:
+        for _ in pieces.with_llm("slow")("go"):
+            break
+
+    gc.disable()  # it is gone when nobody holds it, not when the collector comes by
+    try:
+        await asyncio.to_thread(drop)
+        await until_idle(client, "slow")
+    finally:
+        gc.enable()
 
 
 async def test_an_error_ends_the_stream_it_belongs_to(connected: None) -> None:

@@ -341,6 +341,17 @@ async def check_what_does_not_fit_is_refused_with_the_numbers(engine: Engine) ->
     assert (await ask(engine, chat(QUESTION, max_tokens=2))).reasons == {0: "length"}
 
 
+async def check_a_field_that_the_engine_does_not_know_is_refused_by_its_name(engine: Engine) -> None:
+    capabilities = engine.capabilities()
+    if "chat" not in capabilities.tasks or "*" in capabilities.extra_fields:
+        return
+    task = chat(QUESTION, max_tokens=2)
+    with pytest.raises(UnsupportedField, match=r"the field 'temprature'; did you mean 'temperature'\?") as refused:
+        await ask(engine, msgspec.structs.replace(task, extra={"temprature": 0}))
+    assert refused.value.param == "temprature"
+    assert (await ask(engine, msgspec.structs.replace(task, extra={"temprature": None}))).reasons == {0: "length"}
+
+
 async def check_an_adapter_is_refused_where_there_are_none(engine: Engine) -> None:
     capabilities = engine.capabilities()
     if "chat" not in capabilities.tasks or capabilities.adapters:
@@ -392,6 +403,7 @@ CHECKS: list[Check] = [
     check_each_document_has_its_score,
     check_each_text_has_its_probabilities,
     check_what_does_not_fit_is_refused_with_the_numbers,
+    check_a_field_that_the_engine_does_not_know_is_refused_by_its_name,
     check_an_adapter_is_refused_where_there_are_none,
     check_an_adapter_that_is_not_here_is_told_of_with_the_host,
     check_an_answer_cut_anywhere_goes_on,

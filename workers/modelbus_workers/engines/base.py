@@ -8,16 +8,17 @@ task that iterates a generator to abort it: an engine must stop its work when it
 from __future__ import annotations
 
 import asyncio
+import difflib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from modelbus_broker.asking import smallest_task
-from modelbus_broker.errors import ConfigurationError, MissingExtra, UnsupportedField
+from modelbus_broker.errors import ConfigurationError, MissingExtra, UnsupportedField, UnsupportedHere
 from modelbus_broker.messages import (
     Adapter,
     Capabilities,
@@ -29,6 +30,7 @@ from modelbus_broker.messages import (
     FinishReason,
     Grounding,
     Rung,
+    Sampling,
     Score,
     Storage,
     Task,
@@ -209,7 +211,10 @@ class Engine(ABC):
 
         Raises:
             UnsupportedField: the request names an adapter and the engine takes none.
+            UnsupportedHere: the request has a field that is not among the engine's ``extra_fields``.
         """
+        if not isinstance(task, (Embedding, Decision, Storage)) and task.extra:
+            self._check_extra(task.extra)
         if run.adapter is None:
             return self._by_kind(task, run)
         if not self.capabilities().adapters:
@@ -217,6 +222,14 @@ class Engine(ABC):
                 f"model {self.config.model!r} takes no adapters{self.adapters_need}", param="adapter"
             )
         return self._with_adapter(task, run, run.adapter)
+
+    def _check_extra(self, extra: Mapping[str, Any]) -> None:
+        known = self.capabilities().extra_fields
+        for field, value in extra.items():
+            if value is not None and field not in known and "*" not in known:
+                like = difflib.get_close_matches(field, {*Sampling.__struct_fields__, *known}, n=1)
+                hint = f"; did you mean {like[0]!r}?" if like else ""
+                raise UnsupportedHere(f"engine {self.name!r} does not know the field {field!r}{hint}", param=field)
 
     async def _with_adapter(self, task: Task, run: Run, adapter: Adapter) -> AsyncIterator[EngineOutput]:
         await self.check_adapter(adapter)

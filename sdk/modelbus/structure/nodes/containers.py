@@ -18,8 +18,9 @@ class ListNode(Node):
         self.item, self._make = item, make
 
     def schema(self, defs: Definitions) -> Schema:
-        unique = {"uniqueItems": True} if self._make in (set, frozenset) else {}
-        return {"type": "array", "items": self.item.schema(defs), **unique}
+        # A set asks for no uniqueItems: grammars and OpenAI's strict mode have no such word, and what is said twice is
+        # in a set once.
+        return {"type": "array", "items": self.item.schema(defs)}
 
     def read(self, data: Any, at: str, reading: Reading) -> Any:
         if not isinstance(data, list):

@@ -11,7 +11,7 @@ from modelbus_broker.errors import ConfigurationError
 from modelbus_broker.messages import Classification, Score
 
 from .fingerprint import fingerprint
-from .inputs import check_lengths, check_no_extra, pairs_of, texts_of
+from .inputs import check_lengths, pairs_of, texts_of
 from .loading import Source, context_length, loading_errors
 from .settings import TransformersSettings
 
@@ -69,10 +69,8 @@ class Head:
         Raises:
             InvalidRequest: nothing to do, numbers of queries and documents that do not fit each other, or a token id
                 that is not in the vocabulary.
-            UnsupportedField: a field that this engine does not know.
             ContextLengthExceeded: an input is too long; nothing is cut off silently.
         """
-        check_no_extra(task)
         rows = self._rows(*pairs_of(task)) if isinstance(task, Score) else self._rows(texts_of(task, self._tokenizer))
         counts = [len(row["input_ids"]) for row in rows]
         check_lengths(counts, self.context_length, "pair" if self.scores else "input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from modelbus_broker.errors import ContextLengthExceeded, InvalidRequest, UnsupportedField
+from modelbus_broker.errors import ContextLengthExceeded, InvalidRequest
 from modelbus_broker.messages import Classification, Embedding, Score
 
 
@@ -35,12 +35,6 @@ def pairs_of(task: Score) -> tuple[list[str], list[str]]:
             param="queries",
         )
     return (queries * len(documents) if len(queries) == 1 else queries), documents
-
-
-def check_no_extra(task: Score | Classification) -> None:
-    """Raises UnsupportedField if the request has fields that these models do not know."""
-    for field in task.extra:
-        raise UnsupportedField(f"{field} is not supported by this model", param=field)
 
 
 def check_lengths(counts: Sequence[int], limit: int, what: Literal["input", "query", "document", "pair"]) -> None:

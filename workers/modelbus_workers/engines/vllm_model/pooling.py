@@ -13,7 +13,7 @@ from modelbus_broker.errors import ConfigurationError, EngineFailed
 from modelbus_broker.messages import Capabilities, Classification, Embedding, Score
 
 from ..base import VectorBatch
-from ..torch_model.inputs import check_lengths, check_no_extra, pairs_of, texts_of
+from ..torch_model.inputs import check_lengths, pairs_of, texts_of
 from .adapters import Adapters
 from .requests import vllm_errors
 
@@ -83,13 +83,10 @@ class Pooler:
 
         Raises:
             InvalidRequest: there is nothing to do, or a field has a value that it cannot have.
-            UnsupportedField: a field that these models do not know.
             ContextLengthExceeded: an input is too long; nothing is cut off silently.
         """
         if isinstance(task, Embedding):
             self._check_dimensions(task.dimensions)
-        else:
-            check_no_extra(task)
         if not isinstance(task, Score):
             rows = self._rows(texts_of(task, self._tokenizer))
             self._check(rows, "input")
