@@ -38,6 +38,20 @@ T = TypeVar("T")
 _OPTIONS = frozenset(("adapter", "budget_ms", "idempotency_key", "lane", "revision", "tenant", "wait"))
 
 
+class _Versioned:
+    """What some settings make, made when it is first asked for: a version, and what requests on the bus say of it."""
+
+    __slots__ = ("options", "version")
+
+    def __init__(self) -> None:
+        self.version: PromptVersion | None = None
+        self.options: tuple[CallOptions, CallOptions] | None = None  #: those of the settings, and with the labels
+
+
+#: Settings that are no part of the version.
+_UNVERSIONED = frozenset(("caching", "llm", "model", "options"))
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All that ``prompt(...)`` and the ``with_...`` methods say about a prompt function."""
 
@@ -54,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str = ""
     max_turns: int = 1
     caching: Caching | None = None
+    versioned: _Versioned = msgspec.field(default_factory=_Versioned)
 
 
 class Prompt(Generic[P]):
@@ -195,6 +210,8 @@ class Prompt(Generic[P]):
         return self._with(ladder=msgspec.structs.replace(ladder or self._settings.ladder, **fields))
 
     def _with(self, **changes: Any) -> Self:
+        if not changes.keys() <= _UNVERSIONED:
+            changes["versioned"] = _Versioned()
         return type(self)(self._declaration, msgspec.structs.replace(self._settings, **changes), self._owner)
 
     def _bound(self, owner: object) -> Self:
@@ -209,11 +226,20 @@ class Prompt(Generic[P]):
     @property
     def version(self) -> PromptVersion:
         """A hash of all that decides what is asked, whatever the arguments; see ``modelbus.versions``."""
-        declaration, settings = self._declaration, self._settings
-        known = declaration.version
-        if known is None or known[0] is not settings:
-            known = declaration.version = settings, self._made_version()
-        return known[1]
+        versioned = self._settings.versioned
+        if versioned.version is None:
+            versioned.version = self._made_version()
+        return versioned.version
+
+    def _options(self) -> CallOptions:
+        """Those of the settings; requests on the bus say which function asked."""
+        options, versioned = self._settings.options, self._settings.versioned
+        made = versioned.options
+        if made is None or made[0] is not options:
+            labels = {"prompt": self._declaration.name, "version": self.version.id}
+            stream = self._reply.shape != "whole"
+            made = versioned.options = options, msgspec.structs.replace(options, labels=labels, stream=stream)
+        return made[1]
 
     def _made_version(self) -> PromptVersion:
         settings, specs = self._settings, None
@@ -270,18 +296,19 @@ class Prompt(Generic[P]):
         if only_calls and not settings.tools:
             raise PromptError(f"{self._declaration.name} returns calls and has no tools: prompt(tools=[...])")
         use = ToolUse(tools=settings.tools, only_calls=only_calls, limits=settings.limits) if settings.tools else None
-        version = self.version.id
-        labels = {"prompt": self._declaration.name, "version": version}
+        options = self._options()
         return RenderedCall(
             name=self._declaration.name, model=target.model, messages=messages, output=self._output,
-            sampling=settings.sampling, options=msgspec.structs.replace(settings.options, labels=labels),
-            ladder=settings.ladder, tools=use, prefix=settings.prefix, max_turns=settings.max_turns, version=version,
-            caching=settings.caching,
+            sampling=settings.sampling, options=options,
+            ladder=settings.ladder, tools=use, prefix=settings.prefix, max_turns=settings.max_turns,
+            version=options.labels["version"], caching=settings.caching,
         )  # fmt: skip
 
     async def _aio_rendered(self, target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RenderedCall:
-        body = await self._declaration.aio_body(self._owner + args, kwargs)
-        return self._rendered(target, self._messages(args, kwargs, body))
+        more = self._declaration.function(*self._owner, *args, **kwargs)
+        if self._declaration.asynchronous:
+            more = await more
+        return self._rendered(target, self._messages(args, kwargs, more))
 
     async def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RenderedCall, ModelClient]:
         """For the loop that runs now."""
@@ -295,7 +322,7 @@ class Prompt(Generic[P]):
         reply = self._reply
         if reply.shape != "whole":
             return self._stream(args, kwargs)
-        result = await self._answer(args, kwargs)
+        result = await run(*await self._call(args, kwargs))
         return result if reply.result else result.value
 
     def _wait(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Result[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelbus_broker.errors import UnsupportedField
@@ -59,16 +59,26 @@ def _messages(call: RenderedCall, said: str, goes_on: bool) -> list[ChatMessage]
     return turns if goes_on else [*turns, ChatMessage(role="user", content=CONTINUE)]
 
 
-async def ask(
+def ask(
     call: RenderedCall,
     client: ModelClient,
     messages: list[ChatMessage],
     fields: Mapping[str, Any],
     emit: Callable[[str], None] | None,
-) -> ChatAnswer:
-    """One request; ``emit`` gets the pieces of the first choice's text as they come."""
+) -> Coroutine[Any, Any, ChatAnswer]:
+    """One request, to be awaited; ``emit`` gets the pieces of the first choice's text as they come."""
     if emit is None:
-        return await client.chat(call.model, messages, options=call.options, **fields)
+        return client.chat(call.model, messages, options=call.options, **fields)
+    return _streamed(call, client, messages, fields, emit)
+
+
+async def _streamed(
+    call: RenderedCall,
+    client: ModelClient,
+    messages: list[ChatMessage],
+    fields: Mapping[str, Any],
+    emit: Callable[[str], None],
+) -> ChatAnswer:
     async with client.stream(call.model, messages, options=call.options, **fields) as stream:
         async for delta in stream:
             if delta.choice == 0 and delta.text:

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 from modelbus_broker.errors import PromptError
 from modelbus_broker.messages import ChatMessage
 
-from ..versions import PromptVersion
 from .replies import Reply, reply_of
 from .templates import Template, template_of
 
@@ -41,8 +40,6 @@ class Declaration:
         variable = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD, one.POSITIONAL_ONLY) for one in parameters)
         #: Of the parameters, where no other way of binding is needed than to lay them side by side.
         self._names = None if variable else tuple(self.signature.parameters)
-        #: The settings that were asked for last, with the version that they make.
-        self.version: tuple[object, PromptVersion] | None = None
         self._reply: Reply | None = None
         try:
             self._reply = self._named(reply_of, self._annotation(scope))
@@ -120,11 +117,6 @@ class Declaration:
             return ended.value
         coroutine.close()
         raise PromptError(f"the body of {self.name} awaits something: render it with `await ....aio_render(...)`")
-
-    async def aio_body(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-        """What the body returns."""
-        returned = self.function(*args, **kwargs)
-        return await returned if self.asynchronous else returned
 
     def _annotation(self, scope: Mapping[str, Any]) -> Any:
         annotation = self.function.__annotations__.get("return", inspect.Signature.empty)

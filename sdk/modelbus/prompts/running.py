@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -47,6 +47,7 @@ class RenderedCall(msgspec.Struct, frozen=True, kw_only=True):
     caching: Caching | None = None  #: answers that were given before may do
 
 
+Answering = Coroutine[Any, Any, Result[Any]]
 Next = Callable[[RenderedCall], Awaitable[Result[Any]]]
 Middleware = Callable[[RenderedCall, Next], Awaitable[Result[Any]]]
 
@@ -54,8 +55,9 @@ Middleware = Callable[[RenderedCall, Next], Awaitable[Result[Any]]]
 middleware: list[Middleware] = []
 
 
-async def run(call: RenderedCall, client: ModelClient, emit: Emit | None = None) -> Result[Any]:
-    """The answer to a call.
+def run(call: RenderedCall, client: ModelClient, emit: Emit | None = None) -> Answering:
+    """The answer to a call, to be awaited. What gives it is chosen at once, so that no coroutine waits for another one that
+    does nothing more.
 
     Args:
         emit: is given the pieces of the text as they come.
@@ -63,9 +65,10 @@ async def run(call: RenderedCall, client: ModelClient, emit: Emit | None = None)
     Raises:
         ModelBusError: one of its subclasses, see ``modelbus.errors``.
     """
-    if not middleware:
-        return await _ask(call, client, emit)
+    return _through_middleware(call, client, emit) if middleware else _ask(call, client, emit)
 
+
+async def _through_middleware(call: RenderedCall, client: ModelClient, emit: Emit | None) -> Result[Any]:
     async def ask(call: RenderedCall) -> Result[Any]:
         return await _ask(call, client, emit)
 
@@ -82,26 +85,26 @@ def _around(one: Middleware, following: Next) -> Next:
     return step
 
 
-async def _ask(call: RenderedCall, client: ModelClient, emit: Emit | None) -> Result[Any]:
+def _ask(call: RenderedCall, client: ModelClient, emit: Emit | None) -> Answering:
     if call.caching is not None:
-        return await call.caching.answer(call, client, emit, lambda: _answer(call, client, emit))
-    return await _answer(call, client, emit)
+        return call.caching.answer(call, client, emit, lambda: _answer(call, client, emit))
+    return _answer(call, client, emit)
 
 
-async def _answer(call: RenderedCall, client: ModelClient, emit: Emit | None) -> Result[Any]:
+def _answer(call: RenderedCall, client: ModelClient, emit: Emit | None) -> Answering:
     if call.tools is not None:
-        return await answer_with_tools(call, call.tools, client, emit)
+        return answer_with_tools(call, call.tools, client, emit)
     if call.output.kind == "text":
-        return await answer_text(call, client, emit)
+        return answer_text(call, client, emit)
     if isinstance(call.output, DecisionType):
-        return await _decided(call, call.output, client)
+        return _decided(call, call.output, client)
     if call.prefix or call.max_turns > 1:
         raise PromptError(
             f"{call.name}: only a text can be given its beginning (with_return_prefix) or be gone on with (with_max_turns)"
         )
     if emit is not None:
-        return await answer_as_it_comes(call, client, emit)
-    return await answer(
+        return answer_as_it_comes(call, client, emit)
+    return answer(
         client, call.model, call.messages, call.output,
         sampling=call.sampling, options=call.options, ladder=call.ladder,
     )  # fmt: skip

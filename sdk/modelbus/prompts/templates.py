@@ -202,6 +202,8 @@ def _without_blanks_at_roles(tokens: list[Token]) -> Iterator[Token]:
 @pass_context
 def _finalize(context: Context, value: object) -> object:
     """What an expression puts into the text."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Content):
         marks: _Marks = context[_MARKS]
         return marks.of_content(value)
