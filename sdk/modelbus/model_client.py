@@ -172,6 +172,22 @@ class ModelClient(ABC):
         ranking = await around(call, self._rank, Ranking)
         return ranking if top_n is None else msgspec.structs.replace(ranking, documents=ranking.documents[:top_n])
 
+    async def score(
+        self, model: str, pairs: Sequence[tuple[str, str]], *, options: CallOptions | None = None
+    ) -> Ranking:
+        """Pairs of a query and a document, those that fit each other best first; ``index`` is the pair's place.
+
+        Raises:
+            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+        """
+        if not pairs:
+            raise InvalidRequest("there is no pair to score", param="pairs")
+        queries, documents = zip(*pairs, strict=True)
+        call = ScoreCall(
+            model=model, task=Score(queries=list(queries), documents=list(documents)), options=plain(options)
+        )
+        return await around(call, self._rank, Ranking)
+
     async def _rank(self, asked: ScoreCall) -> Ranking:
         call_id, builder = await self._ask("rerank", asked)
         scores = [floats(vector)[0] for vector in builder.vectors]
@@ -275,7 +291,9 @@ def chat_task(messages: Messages, fields: Mapping[str, Any]) -> Chat:
 
 def plain(options: CallOptions | None) -> CallOptions:
     """For a caller who gets the answer as a whole, which can therefore begin anew."""
-    return _PLAIN if options is None else msgspec.structs.replace(options, stream=False)
+    if options is None:
+        return _PLAIN
+    return msgspec.structs.replace(options, stream=False) if options.stream else options
 
 
 _PLAIN = CallOptions(stream=False)

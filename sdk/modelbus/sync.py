@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from modelbus_broker.errors import ConfigurationError, InvalidRequest
 from modelbus_broker.jobs import KEPT_S
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: A query and a document.
+Pair = tuple[str, str]
+
 
 class LLM:
     """Models behind the bus, for blocking callers.
@@ -49,6 +52,7 @@ class LLM:
     def __init__(self, model: str = "") -> None:
         self.default_model_name = model
         self.default_emb_model_name = ""
+        self.default_re_rank_model_name = ""
         self._deploy: dict[str, Any] = {}
         self._infer_params: dict[str, str] = {}
 
@@ -68,6 +72,10 @@ class LLM:
 
     def setup_default_emb_model_name(self, model: str) -> LLM:
         self.default_emb_model_name = model
+        return self
+
+    def setup_default_re_rank_model_name(self, model: str) -> LLM:
+        self.default_re_rank_model_name = model
         return self
 
     # Asking
@@ -227,6 +235,27 @@ class LLM:
     def emb_query(self, query: str, model: str | None = None) -> list[LLMResponse]:
         """The vector of one text."""
         return self.emb(model, query)
+
+    @overload
+    def emb_rerank(self, model: str | None, sentence_pairs: Pair) -> tuple[Pair, float]: ...
+    @overload
+    def emb_rerank(self, *, sentence_pairs: Pair) -> tuple[Pair, float]: ...
+    @overload
+    def emb_rerank(self, model: str | None = None, sentence_pairs: Sequence[Pair] = ()) -> list[tuple[Pair, float]]: ...
+    def emb_rerank(
+        self, model: str | None = None, sentence_pairs: Pair | Sequence[Pair] = ()
+    ) -> tuple[Pair, float] | list[tuple[Pair, float]]:
+        """How well a document answers a query: of one pair ``(query, document)``, or of a list of them, the best first.
+
+        Raises:
+            ModelBusError: one of its subclasses, see ``modelbus.errors``.
+        """
+        name = model or self.default_re_rank_model_name or self._model(None)
+        alone = isinstance(sentence_pairs, tuple) and len(sentence_pairs) == 2 and isinstance(sentence_pairs[0], str)
+        pairs = cast("Sequence[Pair]", [sentence_pairs] if alone else sentence_pairs)
+        ranking = background.run(asked().score(name, pairs))
+        scored = [(pairs[document.index], document.score) for document in ranking.documents]
+        return scored[0] if alone else scored
 
     # Durable work: see ``modelbus.jobs``
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import modelbus
 import pytest
@@ -91,6 +92,23 @@ async def test_texts_and_requests_become_one_vector_each(cluster: Cluster) -> No
     assert [answer.input for answer in answers] == ["a", "b", "c", "a"]
     assert [len(answer.output) for answer in answers] == [4, 4, 4, 4]
     assert answers[0].output == answers[3].output
+
+
+async def test_pairs_are_scored_each_by_its_own_query_the_best_first(cluster: Cluster) -> None:
+    await cluster.deploy_echo("rank")
+    pairs = [("red blue", "nothing"), ("green", "green"), ("red blue", "red")]
+
+    def ask() -> tuple[Any, Any]:
+        modelbus.connect_cluster(cluster.server.url)
+        llm = modelbus.LLM().setup_default_re_rank_model_name("rank")
+        with pytest.raises(InvalidRequest, match="no pair"):
+            llm.emb_rerank()
+        return llm.emb_rerank(sentence_pairs=pairs), modelbus.LLM().emb_rerank("rank", pairs[2])
+
+    several, one = await asyncio.to_thread(ask)
+
+    assert several == [(pairs[1], 1.0), (pairs[2], 0.5), (pairs[0], 0.0)]
+    assert one == (pairs[2], 0.5)
 
 
 @dataclasses.dataclass
