@@ -153,6 +153,16 @@ async def test_the_provider_gets_the_trace_context_of_the_run_and_nothing_that_i
     assert sent() == {"traceparent": parent}
 
 
+async def test_a_deployment_can_keep_the_trace_to_itself(provider: Provider, engines: list[OpenAIEngine]) -> None:
+    engine = make("saas/openai_compatible", base_url=provider.url, model="m", trace_headers="false")
+    await engine.start()
+    engines.append(engine)
+
+    await ask(engine, chat("hi"), traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
+
+    assert not [name for name in provider.headers[-1] if name.lower().startswith("trace")]
+
+
 async def test_azure_has_its_own_address_and_header(provider: Provider, engines: list[OpenAIEngine]) -> None:
     base = provider.url.removesuffix("/v1")
     engine = make(

@@ -70,6 +70,7 @@ class OpenAISettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 0
     context_length: int = 0  #: tokens, told to clients
     embedding_batch: int = 0  #: most inputs per call; 0: the preset's
+    trace_headers: bool = True  #: the provider's spans, if it makes some, belong to ours
 
     def __repr__(self) -> str:
         return f"OpenAISettings(model={self.model!r})"
@@ -184,7 +185,7 @@ class OpenAIEngine(Engine):
                 body = self._extra_body | embedding_body(part, self._model, self._preset)
                 try:
                     document = await self._upstream.post(
-                        "/embeddings", body, run.deadline, fail_fast=run.fail_fast, headers=_trace_headers(run)
+                        "/embeddings", body, run.deadline, fail_fast=run.fail_fast, headers=self._trace_headers(run)
                     )
                     break
                 except InvalidRequest as error:
@@ -231,7 +232,7 @@ class OpenAIEngine(Engine):
         self, path: str, body: Mapping[str, Any], task: Chat | Completion, run: Run
     ) -> AsyncGenerator[EngineOutput, None]:
         reader = AnswerReader(task, context_length=self._context_length)
-        async with aclosing(self._upstream.documents(path, body, headers=_trace_headers(run))) as documents:
+        async with aclosing(self._upstream.documents(path, body, headers=self._trace_headers(run))) as documents:
             try:
                 while not reader.has_last_usage:
                     async with asyncio.timeout(_USAGE_WAIT_S if reader.complete else None):
@@ -305,14 +306,13 @@ class OpenAIEngine(Engine):
         name = self._model.lower().rpartition("/")[2]
         return "embedding" if any(sign in name for sign in _EMBEDDING_NAMES) else "chat"
 
+    def _trace_headers(self, run: Run) -> dict[str, str]:
+        return Trace(run.traceparent, run.tracestate).headers() if self.settings.trace_headers else {}
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             self.steps += 1
-
-
-def _trace_headers(run: Run) -> dict[str, str]:
-    return Trace(run.traceparent, run.tracestate).headers()
 
 
 def _error(failed: ModelBusError | TryAgain) -> ModelBusError:
