@@ -13,6 +13,7 @@ from modelbus_broker.registry import Registry
 from modelbus_broker.storing import PublisherSettings
 
 from . import adapter_routes, handlers
+from .batches import routes as batch_routes
 from .delivery import ClientWatch
 from .edge import Traffic, edge
 from .files import routes as file_routes
@@ -66,6 +67,8 @@ def create_app(
             stack.callback(gateway.files.close)
             gateway.vector_stores.indexer.start()
             stack.push_async_callback(gateway.vector_stores.indexer.close)
+            gateway.batches.start()
+            stack.push_async_callback(gateway.batches.close)
             upkeep = asyncio.create_task(keep_up(gateway.vector_stores, gateway.files), name="upkeep")
             stack.callback(upkeep.cancel)
             yield
@@ -86,6 +89,10 @@ def create_app(
         web.get("/v1/files/{file_id}", file_routes.retrieve),
         web.get("/v1/files/{file_id}/content", file_routes.content),
         web.delete("/v1/files/{file_id}", file_routes.delete),
+        web.post("/v1/batches", batch_routes.create),
+        web.get("/v1/batches", batch_routes.list_batches),
+        web.get("/v1/batches/{batch_id}", batch_routes.retrieve),
+        web.post("/v1/batches/{batch_id}/cancel", batch_routes.cancel),
         web.post("/v1/vector_stores", vector_routes.create),
         web.get("/v1/vector_stores", vector_routes.list_stores),
         web.get("/v1/vector_stores/{store_id}", vector_routes.retrieve),

@@ -22,6 +22,8 @@ from modelbus_broker.once import Once
 from modelbus_broker.publisher import Publisher
 from modelbus_broker.registry import Registry
 
+from .batches.records import BatchRecords
+from .batches.running import BatchRunner
 from .checks import Need
 from .decisions import DECISIONS_BODY, check_decides, decision_answer, translate_decisions
 from .delivery import ClientWatch
@@ -86,6 +88,9 @@ class Gateway:
             bus, registry, publisher, self.files,
             service=settings.search_service, embedding_model=settings.embedding_model,
         )  # fmt: skip
+        self.batches = BatchRunner(
+            BatchRecords(bus), publisher, self.files, metrics, model=self.model, role=settings.response_role
+        )
 
     async def body(self, request: web.Request) -> bytes:
         """Raises RequestTooLarge, if the head says so before anything is read."""

@@ -1,4 +1,4 @@
-"""What gateways keep of files and vector stores (buckets ``files`` and ``vector_stores``), and the work on them that waits (``MB_INDEXING``)."""
+"""What gateways keep of files, batches of requests and vector stores (buckets ``files`` and ``vector_stores``), and the work on them that waits (``MB_INDEXING``)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from .base import Message
+from .publisher import Usage
 from .search import Value
 
 
@@ -21,6 +22,42 @@ class FileRecord(Message, frozen=True, kw_only=True, tag="file"):
     created_ms: int  #: Unix time, as all below
     expires_ms: int = 0  #: 0: never
     place: Literal["bus", "root"] = "bus"  #: the object bucket ``files``, or the gateways' ``--files-root``
+
+
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+
+
+class BatchError(Message, frozen=True, kw_only=True):
+    """Why a batch could not be begun, or not be ended."""
+
+    code: str
+    message: str
+    line: int | None = None  #: of the input file, from 1
+    param: str | None = None
+
+
+class BatchRecord(Message, frozen=True, kw_only=True, tag="batch"):
+    """Requests in a file that are answered in another one. Key: ``batch.<id>`` in the bucket ``files``."""
+
+    id: str
+    endpoint: str
+    input_file: str
+    created_ms: int  #: Unix time, as all below; 0: not yet
+    expires_ms: int
+    window: str = "24h"
+    metadata: dict[str, str] = {}
+    output_lives_s: int = 0
+    status: BatchStatus = "validating"
+    at_ms: dict[str, int] = {}  #: when it came into each status
+    errors: list[BatchError] = []
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    usage: Usage = Usage()
+    output_file: str = ""
+    error_file: str = ""
 
 
 class VectorStoreRecord(Message, frozen=True, kw_only=True, tag="vector_store"):
@@ -85,6 +122,7 @@ class IndexFile(Message, frozen=True, kw_only=True, tag="index_file"):
 
 
 decode_file = msgspec.msgpack.Decoder(FileRecord).decode
+decode_batch = msgspec.msgpack.Decoder(BatchRecord).decode
 decode_vector_store = msgspec.msgpack.Decoder(VectorStoreRecord).decode
 decode_vector_store_file = msgspec.msgpack.Decoder(VectorStoreFileRecord).decode
 decode_file_batch = msgspec.msgpack.Decoder(FileBatchRecord).decode
