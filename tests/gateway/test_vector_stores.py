@@ -16,8 +16,10 @@ import pytest_asyncio
 from modelbus.search.store import AsyncStore
 from modelbus_broker import names
 from modelbus_broker.errors import NotFound
-from modelbus_broker.messages import Deployment
+from modelbus_broker.messages import Deployment, Storage, decode_request
 from modelbus_broker.messages.files import IndexFile
+from modelbus_broker.messages.search import CreateStore
+from modelbus_broker.reading import read_stream
 from modelbus_gateway.handlers import GATEWAY, Gateway
 from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
@@ -328,6 +330,14 @@ async def test_the_page_is_right(stand: Stand, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     values = await asyncio.to_thread(run_page, DOCS / "vector-stores.md")
     assert values["found"].data[0].filename == "guide.md"
+
+
+async def asked_to_make(cluster: Cluster) -> bool:
+    """Whether the search service's queue has the request to make a store."""
+    subject = names.request_subject("storage", "hi", 0)
+    found = [message async for message in read_stream(cluster.bus, names.STREAM_HI, subject)]
+    tasks = [decode_request(message.data).task for message in found]
+    return any(isinstance(task, Storage) and isinstance(task.operation, CreateStore) for task in tasks)
 
 
 async def taken_up(cluster: Cluster) -> None:

@@ -21,8 +21,11 @@ import subprocess, time
 from modelbus_workers.node.processes import Keeper
 keeper = Keeper()
 keeper.start()
-worker = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], start_new_session=True)
+worker = subprocess.Popen(
+    ["sh", "-c", "sleep 600 & echo $!; wait"], start_new_session=True, stdout=subprocess.PIPE, text=True
+)
 keeper.add(worker.pid)
+print(worker.stdout.readline(), end="", flush=True)  # not before the keeper knows of it
 time.sleep(600)
 """
 
