@@ -188,6 +188,19 @@ async def test_filters_let_the_same_chunks_through_everywhere(service: SearchSer
     assert ids(await found(service, sort=[Sort(key="$id")])) == ["b", "c", "d", "e"]
 
 
+async def test_a_filter_that_was_asked_before_sees_what_was_written_since(service: SearchService) -> None:
+    red, asking = where("eq", "colour", "red"), {"text": "one", "vector": vector(1, 0)}
+    await filled(service, [chunk("a", "one", [1, 0], colour="red"), chunk("b", "one", [1, 0], colour="blue")])
+    assert ids(await found(service, filter=red, **asking)) == ["a"]
+
+    await asked(service, Upsert(store=STORE, chunks=[chunk("b", "one", [1, 0], colour="red")], searchable=True))
+    assert sorted(ids(await found(service, filter=red, **asking))) == ["a", "b"]
+    await asked(service, Upsert(store=STORE, chunks=[chunk("a", "one", [1, 0], colour="blue")], searchable=True))
+    assert ids(await found(service, filter=red, **asking)) == ["b"]
+    await asked(service, Delete(store=STORE, ids=["b"]))
+    assert ids(await found(service, filter=red, **asking)) == []
+
+
 async def test_chunks_are_deleted_by_id_by_file_and_all_together(service: SearchService) -> None:
     parts = [chunk(f"{file}{n}", "text", [1, n], file_id=file, ordinal=n) for file in "xyz" for n in range(3)]
     await filled(service, [*parts, chunk("alone", "text")])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 from modelbus_broker.errors import ConfigurationError, EngineFailed
+from modelbus_broker.messages import encode
 from modelbus_broker.messages.search import Chunk, Filter, Sort, StoreRecord, Value
 
 from ..checks import kind_of
@@ -37,6 +38,8 @@ CREATE TABLE pending (seq INTEGER PRIMARY KEY AUTOINCREMENT, rid INTEGER NOT NUL
 """
 _COLUMNS = 'id, file_id, ordinal, attributes, start, "end", title, text'
 
+#: Filters that are remembered with what they let through.
+_MATCHED = 8
 _attributes = msgspec.json.Decoder(dict[str, Value])
 
 
@@ -64,6 +67,8 @@ class Database:
         self._here = threading.local()
         self._all: list[sqlite3.Connection] = []
         self._writing = threading.Lock()
+        self._written = 0  #: transactions that have ended
+        self._matched: dict[bytes, tuple[int, list[int]]] = {}  #: filter -> ``_written`` before it was looked for, rids
         self._closed = False
 
     @classmethod
@@ -218,9 +223,18 @@ class Database:
             yield part
 
     def matching(self, condition: Filter) -> list[int]:
-        """The rids that satisfy a filter, in their order."""
+        """The rids that satisfy a filter, in their order. Those of filters that were asked for lately are remembered until
+        something is written: looking for them takes longer than a search among them."""
+        key, written = encode(condition), self._written
+        known = self._matched.get(key)
+        if known is not None and known[0] == written:
+            return known[1]
         text, values = sql.where(condition)
-        return [row[0] for row in self._read(f"SELECT rid FROM chunks WHERE {text} ORDER BY rid", values)]
+        found = [row[0] for row in self._read(f"SELECT rid FROM chunks WHERE {text} ORDER BY rid", values)]
+        self._matched[key] = written, found  # of before the next write, even if that has ended by now
+        for oldest in list(self._matched)[:-_MATCHED]:
+            self._matched.pop(oldest, None)
+        return found
 
     def ids(self) -> dict[int, str]:
         """rid -> id of all chunks, out of the index on ids: texts are not read for it."""
@@ -255,6 +269,7 @@ class Database:
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
                     yield connection
+                self._written += 1
             except sqlite3.Error as error:
                 raise self._failure(error, "nothing of this was stored") from error
 

@@ -25,6 +25,7 @@ _HEAP_BYTES = 64 << 20
 _AT_ONCE = 5_000
 #: A filter that lets more chunks through is not put into the query: what comes back is sieved.
 _TERM_SET = 5_000
+_MORE = 1.3
 _FOLDER = "text"
 
 
@@ -144,7 +145,8 @@ class TextIndex:
             both = tantivy.Query.boolean_query([(tantivy.Occur.Must, query), (tantivy.Occur.Must, inside)])
             return self._found(searcher, both, limit)
         allowed = frozenset(among)
-        window = limit * 4
+        # So many that, if the filter has nothing to do with the words, enough of them are let through.
+        window = max(limit, round(limit * _MORE * searcher.num_docs / len(among)))
         while True:
             found = self._found(searcher, query, window)
             kept = [item for item in found if item[0] in allowed][:limit]
