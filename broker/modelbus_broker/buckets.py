@@ -230,6 +230,14 @@ class BucketReader(Generic[T]):
                 if seen is not None and self._trust:
                     self._seen[key] = seen  # reading it again is not a sign of life
 
+    async def look(self, key: str) -> None:
+        """Reads one key again now. Raises BusUnavailable."""
+        entry = await self.bucket.get(key)
+        if entry is None or entry.deleted:
+            self._drop(key)
+        else:
+            self._take(key, entry.value)
+
     def _on_message(self, msg: Msg) -> None:
         key = msg.subject.removeprefix(f"$KV.{self.bucket.name}.")
         if not self._trust:
@@ -281,7 +289,10 @@ class BucketReader(Generic[T]):
                 # A publish reaches us before the stream has stored it.
                 await asyncio.sleep(0.01)
             for key in dirty:
-                await self._reread_key(key)
+                try:
+                    await self.look(key)
+                except BusUnavailable:
+                    self._dirty.add(key)
             # While we are cut off nobody can renew: forgetting all workers then would answer 503 for no reason.
             if self._ttl_s and self._bus.connected_for_s > self._ttl_s:
                 stale = time.monotonic() - self._ttl_s
@@ -290,14 +301,3 @@ class BucketReader(Generic[T]):
             if time.monotonic() >= next_read and self._bus.is_connected:
                 next_read = time.monotonic() + 10
                 await self._refresh()
-
-    async def _reread_key(self, key: str) -> None:
-        try:
-            entry = await self.bucket.get(key)
-        except BusUnavailable:
-            self._dirty.add(key)
-            return
-        if entry is None or entry.deleted:
-            self._drop(key)
-        else:
-            self._take(key, entry.value)

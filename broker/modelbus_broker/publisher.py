@@ -27,6 +27,7 @@ from .errors import (
     DeadlineExceeded,
     ModelBusError,
     ModelNotFound,
+    ModelUnavailable,
     RequestCancelled,
 )
 from .failover import RunEnd
@@ -176,9 +177,16 @@ class Publisher:
         Raises:
             ModelNotFound, ModelUnavailable, QueueFull: as ``submit``, as far as it is known here.
         """
-        model, options, deployments = self.resolved(model, options or _DEFAULT_OPTIONS)
+        name = model
+        model, options, deployments = self.resolved(name, options or _DEFAULT_OPTIONS)
         waiting = max(self.depths.get(names.model_token(model), 0), self._per_model.get(model, 0))
-        check_room(model, deployments, options, self.registry, waiting)
+        try:
+            check_room(model, deployments, options, self.registry, waiting)
+        except ModelUnavailable:
+            # Where a revision is being replaced a worker may be known to stop before it is known that requests wait.
+            await self.registry.look_again(model)
+            model, options, deployments = self.resolved(name, options)
+            check_room(model, deployments, options, self.registry, waiting)
         request = make_request(self.id, model, task, options, deployments)
         call = Call(self, request, self.loop.time() + request.budget_ms / 1000)
         call.outlives = options.outlives

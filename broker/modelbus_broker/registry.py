@@ -60,6 +60,15 @@ class Registry:
         """Reads everything again now, for a caller who has just written."""
         await asyncio.gather(*(reader.reread() for reader in self._readers))
 
+    async def look_again(self, model: str) -> None:
+        """Reads the deployments of a model again now: their workers may have said more already than is known of them.
+
+        Raises:
+            BusUnavailable: the bucket does not answer.
+        """
+        for deployment in self.deployments_of(model):
+            await self._deployments.look(names.deployment_key(deployment.name))
+
     async def changed(self, timeout_s: float) -> bool:
         """Waits until anything has changed; False if nothing did within the time."""
         waits = [asyncio.ensure_future(reader.changed(timeout_s)) for reader in self._readers]

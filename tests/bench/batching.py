@@ -1,52 +1,67 @@
-"""What one forward pass for all is worth: tokens per second of SmolLM2, together and in turn.
-
-python -m tests.bench.batching [TOKENS]
-"""
+"""A file of requests through `/v1/batches`, beside the same rows as jobs of a map and as plain requests."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
+import json
+import statistics
 import time
 
-from modelbus_broker.messages import Chat, ChatMessage, Sampling
-from modelbus_workers.engines.base import EngineConfig, Run
-from modelbus_workers.engines.transformers import TransformersEngine
+import modelbus
+import openai
 
-from tests.helpers.smollm2 import smollm2
+from .load import LoadJob
+from .plan import Line, Plan
+from .stand import QUESTION, Stand
 
-
-async def _ask(engine: TransformersEngine, number: int, tokens: int) -> None:
-    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    message = ChatMessage(role="user", content=f"Tell me {number} things about the sea.")
-    async for _ in engine.chat(Chat(messages=[message], sampling=sampling), Run(id=f"r{number}")):
-        pass
+ROWS = 3000
 
 
-async def _rate(engine: TransformersEngine, at_once: int, tokens: int) -> float:
+async def batches(stand: Stand, plan: Plan) -> list[Line]:
+    """3,000 rows in a batch, beside `client.map` and beside 64 connections that ask them plainly, which keeps nothing."""
+    await stand.model("chat")
+    port = await stand.gateway()
+    plain = LoadJob(
+        port=port, body=stand.body("chat"), stream=False, connections=64, seconds=plan.seconds, warmup_s=0.5
+    )
+    rounds = []
+    async with (
+        modelbus.connect(stand.server.url) as client,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as http,
+    ):
+        for _ in range(plan.rounds):
+            batch = await _batch(http)
+            began = time.perf_counter()
+            rows = await client.map("chat", [QUESTION] * ROWS, concurrency=256)
+            mapped = ROWS / (time.perf_counter() - began)
+            assert all(row.error is None for row in rows)
+            asked = (await stand.load(plain)).requests_per_s
+            rounds.append((batch, mapped, asked))
+    batch, mapped, asked = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return [
+        Line(
+            what=f"{ROWS:,} rows through /v1/batches, from the upload to the end",
+            modelbus=f"{batch:,.0f} rows/s",
+            other=f"client.map {mapped:,.0f} rows/s; plain requests {asked:,.0f}/s",
+            result=f"{statistics.median(b / m for b, m, _ in rounds):.2f} of the map, "
+            f"{statistics.median(b / a for b, _, a in rounds):.2f} of plain requests",
+        )
+    ]
+
+
+async def _batch(http: openai.AsyncOpenAI) -> float:
+    """Rows per second."""
+    body = {"model": "chat", "messages": [{"role": "user", "content": QUESTION}]}
+    lines = [
+        json.dumps({"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body})
+        for n in range(ROWS)
+    ]
     began = time.perf_counter()
-    await asyncio.gather(*(_ask(engine, number, tokens) for number in range(at_once)))
-    return at_once * tokens / (time.perf_counter() - began)
-
-
-async def measure(tokens: int) -> None:
-    """Prints a line for each number of requests at once; prompts count as time, not as tokens."""
-    params = {"num_threads": "1", "dtype": "float32", "continuous_batching": "true"}
-    engine = TransformersEngine(EngineConfig(model="m", model_path=str(smollm2()), params=params, slots=8))
-    await engine.start()
-    assert engine._stepper is not None
-    decoder = engine._stepper._decoder
-    assert decoder.together
-    await _rate(engine, 1, tokens)
-    for at_once in (1, 2, 4, 8):
-        rates = {}
-        for together in (False, True):
-            decoder.together = together
-            rates[together] = await _rate(engine, at_once, tokens)
-        ratio = rates[True] / rates[False]
-        print(f"{at_once} at once: in turn {rates[False]:.1f} tokens/s, together {rates[True]:.1f}, {ratio:.2f} x")
-    await engine.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 32))
+    file = await http.files.create(file=("rows.jsonl", "\n".join(lines).encode()), purpose="batch")
+    batch = await http.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    while batch.status in ("validating", "in_progress", "finalizing"):
+        await asyncio.sleep(0.02)
+        batch = await http.batches.retrieve(batch.id)
+    took = time.perf_counter() - began
+    assert batch.status == "completed" and batch.request_counts is not None and batch.request_counts.completed == ROWS
+    return ROWS / took

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from modelbus_broker.storing import PublisherSettings
 
+from .batching import batches
 from .failing import cancel, failover
 from .knowing import knowledge
 from .llama import llama_cpp
@@ -249,6 +250,7 @@ ROWS: dict[str, Row] = {
     "failover": failover,
     "cancel": cancel,
     "prompts": prompts,
+    "batches": batches,
     "search": search,
     "storage-start": storage_start,
     "knowledge": knowledge,

@@ -143,7 +143,7 @@ async def test_workers_share_the_stores_of_an_elasticsearch_and_wait_for_one_tha
 
 
 def two_workers_share_the_load(store: sdk.Store) -> None:
-    store.upsert([*TEXTS, *({"text": f"filler {n}", "vector": [0, n + 1]} for n in range(500))])
+    store.upsert([*TEXTS, *({"text": f"filler {n}", "vector": [n / 500, 1]} for n in range(500))])
     workers = modelbus_ok("storage", "status").json()["workers"]
     assert len(workers) == 2
     psutil.Process(workers[0]["pid"]).send_signal(signal.SIGKILL)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import time
 import weakref
 
+import msgspec
 import pytest
 from modelbus_broker import names
 from modelbus_broker.asking import CallOptions
+from modelbus_broker.buckets import Bucket
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import DeadlineExceeded, EngineFailed, ModelBusError, ModelNotFound, ModelUnavailable
-from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Embedding, Sampling, Vectors
+from modelbus_broker.messages import Chat, ChatMessage, Delta, Deployment, Done, Embedding, Sampling, Vectors, encode
 from modelbus_broker.topology import queued, running
 
 from tests.helpers.cluster import Cluster
@@ -139,6 +142,23 @@ async def test_unknown_models_and_models_without_workers_are_told_apart(cluster:
             await asyncio.sleep(0.01)
     with pytest.raises(ModelUnavailable):
         await publisher.submit("idle", chat("hello"))
+
+
+async def test_a_request_waits_as_soon_as_its_deployment_says_so(cluster: Cluster) -> None:
+    """While a revision is replaced, what was read of the deployment may be older than what its workers say."""
+    deployment = Deployment(name="rolling", model="rolling", engine="echo", revision="1")
+    await cluster.declare(deployment)
+    publisher = await cluster.publisher()
+    async with asyncio.timeout(10):
+        while "rolling" not in publisher.registry.models():
+            await asyncio.sleep(0.01)
+    rolling = msgspec.structs.replace(deployment, wait_until_ms=int(time.time() * 1000) + 60_000)
+    await Bucket(cluster.bus, names.BUCKET_DEPLOYMENTS).put(names.deployment_key("rolling"), encode(rolling))
+
+    call = await publisher.submit("rolling", chat("hello"))  # what was stored just now has not been heard of yet
+
+    await call.cancel()
+    await settled(cluster.bus, "rolling")
 
 
 async def test_a_request_that_expires_in_the_queue_ends_visibly(cluster: Cluster) -> None:

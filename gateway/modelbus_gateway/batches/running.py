@@ -219,7 +219,8 @@ class _Run:
     def __init__(self, runner: BatchRunner, record: BatchRecord) -> None:
         self._runner = runner
         self._record = record
-        self._stop: BatchStatus | None = None  #: why no more rows are asked
+        #: Why no more rows are asked.
+        self._stop: BatchStatus | None = "cancelling" if record.status == "cancelling" else None
         self._asked: dict[str, None] = {}  #: ids of jobs that have not ended
         self._completed = self._failed = 0
         self._usages: list[Usage] = []
