@@ -33,7 +33,7 @@ from modelbus_broker.errors import (
     RequestCancelled,
     RequestTooLarge,
 )
-from modelbus_broker.jobs import MOST_BUDGET_S, Jobs
+from modelbus_broker.jobs import MOST_BUDGET_S, Ended, Jobs
 from modelbus_broker.messages import Task, Usage
 from modelbus_broker.messages.files import BatchError, BatchRecord, BatchStatus
 from modelbus_broker.once import body_hash
@@ -62,6 +62,8 @@ _LEAST_S = 5.0
 _LATER_S = 60.0
 #: Answers of rows are kept until the batch is over, and some time more.
 _KEPT_S = MOST_BUDGET_S + 3600
+#: Its input is gone, or its answers have no room: trying again changes nothing.
+_HOPELESS = (ConfigurationError, InvalidRequest, NotFound, RequestTooLarge)
 _WHY = {"cancelling": "the batch was cancelled", "expired": "the batch has expired"}
 
 
@@ -234,12 +236,7 @@ class _Run:
             await self._answer_all()
             progress.cancel()
             await self._end()
-        except (
-            ConfigurationError,
-            InvalidRequest,
-            NotFound,
-            RequestTooLarge,
-        ) as error:  # its input is gone, its answers have no room
+        except _HOPELESS as error:
             await self._runner.fail(self._record, error)
         except EngineFailed as error:  # where the files lie there is no room, or nobody answers
             if self._left_s() > 0:
@@ -303,6 +300,9 @@ class _Run:
             return self._taken_back(line, job) if self._stop else _Row(error_line(line, job, error))
         except ModelBusError as error:
             return _Row(error_line(line, job, error))
+        except Exception:
+            log.exception("row %d of %s", number, self._record.id)
+            return _Row(error_line(line, job, ModelBusError("The gateway failed on this request; its log says why.")))
         finally:
             self._busy -= 1
             self._ended.set()
@@ -313,17 +313,10 @@ class _Run:
 
     async def _answered(self, model: str, number: int, job: str, timeout_s: float, task: Task) -> AnswerBuilder:
         """Raises _Stopped, and what the job ended with."""
-        jobs = self._runner.jobs
         new = await self._submitted(model, number, job, timeout_s, task)
         self._asked[job] = None
         try:
-            # One that has ended is read, however late it is.
-            async with asyncio.timeout(max(_LEAST_S, self._left_s())):
-                ended = await jobs.ended(job)
-        except TimeoutError:
-            self._stop = self._stop or "expired"
-            await self._take_back([job])
-            raise _Stopped from None
+            ended = await self._end_of(job)
         finally:
             self._asked.pop(job, None)
         answer = AnswerBuilder()
@@ -333,6 +326,19 @@ class _Run:
         if new:
             self._runner.metrics.tokens(model, answer.usage)
         return answer
+
+    async def _end_of(self, job: str) -> Ended:
+        while True:
+            try:
+                # One that has ended is read, however late it is.
+                async with asyncio.timeout(max(_LEAST_S, self._left_s())):
+                    return await self._runner.jobs.ended(job)
+            except (BusUnavailable, TimeoutError):
+                if self._left_s() <= 0:
+                    self._stop = self._stop or "expired"
+                    await self._take_back([job])
+                    raise _Stopped from None
+            await asyncio.sleep(_AGAIN_S)
 
     async def _submitted(self, model: str, number: int, job: str, timeout_s: float, task: Task) -> bool:
         """The row's job is in its queue; False: it was asked before. Waits for a bus that is away and for a full queue."""
