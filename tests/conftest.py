@@ -62,6 +62,7 @@ _SECONDS = {
     "workers/engines/test_transformers.py": 50,
     "system/test_cli.py": 50,
     "system/test_hanging.py": 35,
+    "gateway/test_batches.py": 35,
     "workers/engines/test_llama_cpp.py": 30,
     "workers/test_worker.py": 30,
     "system/test_seed_document.py": 25,
