@@ -13,10 +13,11 @@ import openai
 import pydantic
 import pytest
 from modelbus_broker.messages import Deployment
+from modelbus_broker.topology import running
 from openai.types.chat import ChatCompletionUserMessageParam
 
 from tests.gateway.conftest import StartGateway
-from tests.helpers.asking import outcomes, settled
+from tests.helpers.asking import booked, outcomes, settled
 from tests.helpers.cluster import Cluster
 from tests.helpers.gateways import Start
 from tests.helpers.streams import all_events, text_of
@@ -263,7 +264,7 @@ async def test_one_key_is_one_run_however_often_the_model_was_asked(
 
     lost = asyncio.create_task(asked(first.url))
     async with asyncio.timeout(60):
-        while not (await cluster_runs(cluster)):
+        while not await running(cluster.bus, "learner"):
             await asyncio.sleep(0.05)
     first.process.send_signal(signal.SIGKILL)  # in the middle of the attempts
     await asyncio.gather(lost, return_exceptions=True)
@@ -274,17 +275,11 @@ async def test_one_key_is_one_run_however_often_the_model_was_asked(
     assert await outcomes(cluster.bus) == {"done": 1}
 
 
-async def cluster_runs(cluster: Cluster) -> int:
-    """How many requests are with workers."""
-    from modelbus_broker.topology import running
-
-    return await running(cluster.bus, "learner")
-
-
 async def test_a_stream_is_read_on_elsewhere_and_who_hangs_up_leaves_nothing(
     cluster: Cluster, start_gateway: StartGateway, http: aiohttp.ClientSession
 ) -> None:
-    await deploy(cluster, "learner", ["no", RIGHT, "no", "no", RIGHT], interval_ms=50)
+    await deploy(cluster, "learner", ["no", RIGHT], interval_ms=50)
+    await deploy(cluster, "slow", ["no"], delay_ms=60_000)
     url, other = await start_gateway(headers_after_s=0.05), await start_gateway()
     body = {"model": "learner", "messages": [USER], "response_format": FORMAT, "stream": True}
     async with http.post(url + CHAT, json=body, headers={"X-Modelbus-Resumable": "true"}) as response:
@@ -296,7 +291,11 @@ async def test_a_stream_is_read_on_elsewhere_and_who_hangs_up_leaves_nothing(
         async with http.get(f"{other}{CHAT}/{request_id}/stream", params={"starting_after": events[0].id}) as response:
             assert (await all_events(response)) == events[1:]
 
-    async with http.post(url + CHAT, json=body) as response:
+    async with http.post(url + CHAT, json={**body, "model": "slow"}) as response:
         assert response.status == 200
-    await settled(cluster.bus, "learner")
-    assert await outcomes(cluster.bus) == {"done": 1, "cancelled": 1}
+        async with asyncio.timeout(60):
+            # What no worker has had is taken out of the queue, and not booked.
+            while not await running(cluster.bus, "slow"):
+                await asyncio.sleep(0.05)
+    await settled(cluster.bus, "slow")
+    assert await booked(cluster.bus, 2) == {"done": 1, "cancelled": 1}

@@ -14,7 +14,7 @@ from modelbus_broker.names import new_publisher_id, new_request_id
 from modelbus_gateway.event_ids import read_event_id
 
 from tests.gateway.conftest import StartGateway
-from tests.helpers.asking import outcomes, settled
+from tests.helpers.asking import booked, outcomes, settled
 from tests.helpers.cluster import Cluster
 from tests.helpers.gateways import GatewayProcess, Start
 from tests.helpers.streams import Event, all_events, next_event, shown, some_events, text_of
@@ -289,7 +289,7 @@ async def test_without_the_header_hanging_up_cancels_and_with_it_only_after_the_
         async with http.get(f"{other}{CHAT}/{request_id}/stream", params={"starting_after": last.id}) as response:
             assert response.status == 410
             assert (await response.json())["error"]["code"] == "stream_not_resumable"
-    assert await outcomes(cluster.bus) == {"cancelled": 2}
+    assert await booked(cluster.bus, 2) == {"cancelled": 2}
 
 
 async def test_what_is_no_stream_is_refused(url: str, http: aiohttp.ClientSession) -> None:

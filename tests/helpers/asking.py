@@ -109,3 +109,11 @@ async def usage_events(bus: Bus) -> list[UsageEvent]:
 async def outcomes(bus: Bus) -> Counter[str]:
     """How all runs ended, by their usage events."""
     return Counter(event.outcome for event in await usage_events(bus))
+
+
+async def booked(bus: Bus, count: int) -> Counter[str]:
+    """How so many runs ended, once all of them are booked: one that is taken back leaves its queue before that."""
+    async with asyncio.timeout(60):
+        while (found := await outcomes(bus)).total() < count:
+            await asyncio.sleep(0.05)
+    return found
