@@ -18,6 +18,7 @@ import msgspec
 
 from . import names
 from .blobs import get_blob
+from .buckets import Bucket
 from .calls import Call
 from .connection import Msg, NoResponders
 from .errors import (
@@ -28,6 +29,7 @@ from .errors import (
     RequestCancelled,
     StreamNotResumable,
 )
+from .failover import Again, Progress, RunEnd, next_attempt
 from .history import History, Seen, covers, stand_ins
 from .kept import frames_of, read_kept
 from .messages import (
@@ -503,8 +505,7 @@ class _Pursuit:
         assert isinstance(first, Accepted)
         if found is not None:
             self._publisher.tell(found.worker, Stop(id=self._id, run=found.state.run, reason="superseded"))
-        newest = max(names.parse_run(run)[0] for run in self._history.newest_first())
-        request = msgspec.structs.replace(self._request, attempt=max(newest, self._request.attempt))
+        request = msgspec.structs.replace(self._request, attempt=max(self._newest_attempt(), self._request.attempt))
         accepted = first
         if found is not None and found.ack_subject:
             # Its message is the one that is still in a queue.
@@ -525,15 +526,22 @@ class _Pursuit:
         return max(1, round(stored_ns / 1e6 + request.budget_ms - time.time_ns() / 1e6))
 
     async def _publish(self) -> bool:
-        """Nobody has it and no queue has it: its publisher died before it had sent it."""
+        """Nobody has it and no queue has it: its publisher died before it had sent it.
+
+        Where the queue says that it had it, its run has come to nothing and whoever should have had it go on is gone
+        too. Of a request whose answer is kept it is known that there is none, and the next attempt follows.
+        """
         assert self._request is not None
         if self._has_other_reader():
             return False  # it was faster
+        request = self._request
         if self._published_again:
-            raise StreamNotResumable("the request was taken by a worker once, and what became of it is not known")
+            if not request.answer_kept_s:
+                raise StreamNotResumable("the request was taken by a worker once, and what became of it is not known")
+            request = self._request = await self._next_attempt(request)
+            log.warning("request %s: what became of attempt %d is not known", self._id, request.attempt - 1)
         self._published_again = True
         self._nobody_since = 0.0
-        request = self._request
         if self._origin != self._publisher.id:
             request = msgspec.structs.replace(request, publisher=self._publisher.id)
         self.call.take_over(request, (), None, 0)
@@ -542,6 +550,22 @@ class _Pursuit:
         await self.call.stored()
         # A duplicate tells its frames to the publisher that was first.
         return self.call.publication is not None and not self.call.publication.duplicate
+
+    async def _next_attempt(self, request: Request) -> Request:
+        """From the start, by any worker; that the earlier one may have ended its worker is not forgotten."""
+        runs = Bucket(self._bus, names.BUCKET_RUNS)
+        entry = await runs.get(names.message_id(request.id, request.attempt))
+        crashes = request.crashes + (int(entry.value) if entry is not None and not entry.deleted else 0)
+        end = RunEnd(worker="", why="")
+        left_ms = int((self._until - asyncio.get_running_loop().time()) * 1000)
+        decision = next_attempt(
+            request, end, Progress(), (), attempt=max(request.attempt, self._newest_attempt()) + 1, budget_ms=left_ms
+        )
+        assert isinstance(decision, Again)
+        return msgspec.structs.replace(decision.request, crashes=crashes)
+
+    def _newest_attempt(self) -> int:
+        return max((names.parse_run(run)[0] for run in self._history.newest_first()), default=0)
 
     def _take_place(self) -> None:
         self._publisher.moving.back(self._id)

@@ -48,12 +48,18 @@ class Bucket:
         return (await self.bus.js_publish(names.bucket_subject(self.name, key), value, ttl_s=ttl_s)).seq
 
     async def get(self, key: str) -> Entry | None:
-        """The last entry of a key, a marker of a deleted or expired one included; None if it never was."""
+        """The last entry of a key, a marker of a deleted or expired one included; None if it never was.
+
+        Raises:
+            BusUnavailable: the bucket does not answer.
+        """
         subject = names.bucket_subject(self.name, key)
         try:
             msg = await self.bus.request(f"$JS.API.DIRECT.GET.{names.bucket_stream(self.name)}.{subject}")
         except (NoResponders, TimeoutError) as error:
             raise BusUnavailable(f"the bucket {self.name!r} does not answer") from error
+        if msg.status not in ("", "404"):
+            raise BusUnavailable(f"the bucket {self.name!r} cannot be read: status {msg.status}")
         return _entry(msg) if msg.status == "" else None
 
     async def create(self, key: str, value: bytes, *, ttl_s: int = 0) -> int:
@@ -124,7 +130,7 @@ class Bucket:
         def take(msg: Msg) -> None:
             nonlocal trouble
             status = msg.status
-            if status and "Nats-Subject" not in msg.headers:
+            if status and "Nats-Sequence" not in msg.headers:
                 # 204 ends a batch, 404 says that there is nothing; 408 and 413 are refusals, 503 nobody there.
                 trouble = "" if status in ("204", "404") else f"status {status}"
                 done.set()

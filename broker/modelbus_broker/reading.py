@@ -13,6 +13,9 @@ from .connection import Bus, Msg
 from .errors import BusUnavailable
 
 BATCH_BYTES = 4 << 20
+#: For a batch, and until a server answers for the stream: while a cluster elects a leader none may.
+TIMEOUT_S = 10.0
+NOBODY_S = 0.1
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,32 +42,45 @@ async def read_batch(
     Raises:
         BusUnavailable: the stream does not answer.
     """
-    found: list[Stored] = []
-    over = asyncio.Event()
-
-    def take(msg: Msg) -> None:
-        headers = msg.headers
-        if msg.status and "Nats-Subject" not in headers:
-            over.set()  # 204 ends a batch, 404 says that there is nothing
-        else:
-            found.append(_stored(msg))
-
     asked: dict[str, Any] = {"batch": batch, "max_bytes": BATCH_BYTES, "next_by_subj": subject}
     if since_ms:
         asked["start_time"] = datetime.fromtimestamp(since_ms / 1000, UTC).isoformat().replace("+00:00", "Z")
     else:
         asked["seq"] = seq
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                if (found := await _batch(bus, stream, asked)) is not None:
+                    return found
+                await asyncio.sleep(NOBODY_S)
+    except TimeoutError as error:
+        raise BusUnavailable(f"the stream {stream} does not answer") from error
+
+
+async def _batch(bus: Bus, stream: str, asked: dict[str, Any]) -> list[Stored] | None:
+    """None: no server answers for the stream just now, which says nothing of what lies there."""
+    found: list[Stored] = []
+    status: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def take(msg: Msg) -> None:
+        if "Nats-Sequence" in msg.headers:
+            found.append(_stored(msg))
+        elif not status.done():
+            status.set_result(msg.status)
+
     inbox = bus.new_inbox()
     subscription = await bus.subscribe(inbox, take)
     try:
         await bus.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(asked), reply=inbox)
-        async with asyncio.timeout(10):
-            await over.wait()
-    except TimeoutError as error:
-        raise BusUnavailable(f"the stream {stream} does not answer") from error
+        match await status:
+            case "204" | "404":  # the end of a batch; there is nothing
+                return found
+            case "503":
+                return None
+            case other:
+                raise BusUnavailable(f"the stream {stream} cannot be read: status {other}")
     finally:
         await subscription.unsubscribe()
-    return found
 
 
 async def read_stream(

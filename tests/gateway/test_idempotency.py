@@ -15,11 +15,13 @@ from modelbus_broker import names
 from modelbus_broker.buckets import Bucket
 from modelbus_broker.messages import KeyRecord, encode
 from modelbus_broker.once import body_hash, record_key
+from modelbus_broker.reading import read_batch
+from modelbus_broker.storing import remove_message
 from modelbus_gateway.translate import CHAT_BODY, translate_chat
 
 from tests.gateway.conftest import StartGateway
-from tests.helpers.asking import outcomes, settled
-from tests.helpers.cluster import Cluster
+from tests.helpers.asking import outcomes, settled, usage_events
+from tests.helpers.cluster import Cluster, echo_deployment
 from tests.helpers.gateways import GatewayProcess, Start
 from tests.helpers.streams import all_events, shown, some_events, text_of
 
@@ -231,6 +233,31 @@ async def test_a_gateway_that_died_before_it_published_is_stood_in_for(
     assert answers == answers[:1] * 4
     assert answers[0]["id"] == f"chatcmpl-{dead}"
     assert await runs(cluster) == {"done": 1}
+
+
+async def test_a_message_that_is_gone_and_left_no_answer_is_followed_by_the_next_attempt(
+    cluster: Cluster, start: Start, http: aiohttp.ClientSession
+) -> None:
+    (worker,) = await cluster.deploy_echo()
+    first, second = await two(cluster, start)
+    worker.send_signal(signal.SIGSTOP)
+    asking = asyncio.create_task(plain(http, first.url, "k"))
+    async with asyncio.timeout(60):
+        while not (found := await read_batch(cluster.bus, names.STREAM_HI, "mb.req.*.hi.*")):
+            await asyncio.sleep(0.05)
+    (message,) = found
+    first.process.kill()
+    await asyncio.gather(asking, return_exceptions=True)
+    worker.process.kill()
+    await remove_message(cluster.bus, names.STREAM_HI, message.seq)
+    # The queue knows the first attempt's message id: published once more it is taken for the same one.
+    cluster.start_worker(echo_deployment())
+    answer = await plain(http, second.url, "k")
+    assert answer["choices"][0]["message"]["content"] == WORDS
+    assert answer["id"] == f"chatcmpl-{message.message_id.rpartition('.')[0]}"
+    assert await plain(http, second.url, "k") == answer
+    await settled(cluster.bus, "echo")
+    assert [event.run.split(".")[0] for event in await usage_events(cluster.bus)] == ["2"]
 
 
 async def test_the_kept_answer_is_whole_when_a_second_worker_has_completed_it(

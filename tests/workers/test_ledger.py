@@ -24,10 +24,10 @@ from tests.helpers.hosts import freeze
 CONSUMER = f"{names.STREAM_HI}.{names.consumer_name('m', 'hi', 0)}"
 
 
-async def pulled(bus: Bus, count: int) -> list[Pulled]:
-    """So many messages of the model, delivered once and not acknowledged."""
+async def pulled(bus: Bus, count: int, *, new: bool = True) -> list[Pulled]:
+    """So many messages of the model, not acknowledged; ``new``: put there now."""
     got: list[Pulled] = []
-    for n in range(count):
+    for n in range(count if new else 0):
         await bus.js_publish(names.request_subject("m", "hi"), b"%d" % n)
     puller = Puller(bus, consumers_of("m"), free=lambda: count - len(got), take=got.append)
     await puller.start()
@@ -97,6 +97,34 @@ async def test_what_is_disowned_while_it_is_booked_is_waste_and_keeps_its_messag
     await ledger.close(timeout_s=60)
     assert [(e.id, e.outcome) for e in await usage_events(bus)] == [("g-1-0", "done"), ("g-1-1", "waste")]
     assert await left(bus) == 1
+
+
+async def test_a_message_that_comes_again_while_its_answer_is_stored_goes_after_that_and_by_its_new_name(
+    bus: Bus,
+) -> None:
+    await declare_model(bus, "m")
+    (message,) = await pulled(bus, 1)
+    ledger, stored = Ledger(bus), asyncio.Event()
+    ledger.start()
+
+    async def keep() -> bool:
+        await stored.wait()
+        return True
+
+    key = names.run_key(event(0).id, event(0).run)
+    ledger.book(event(0), message.ack_subject, first=keep())
+    for wait_s in (0.0, 0.3):  # before it is looked at, and while it is stored
+        await asyncio.sleep(wait_s)
+        await bus.publish(message.ack_subject, b"-NAK")
+        (message,) = await pulled(bus, 1, new=False)
+        assert ledger.delivered_again(key, message.ack_subject)
+        assert ledger.waiting == {message.ack_subject}
+    assert await left(bus) == 1
+    stored.set()
+    await ledger.close(timeout_s=60)
+    assert not ledger.waiting and not ledger.delivered_again(key, message.ack_subject)
+    assert [e.id for e in await usage_events(bus)] == ["g-1-0"]
+    assert await left(bus) == 0
 
 
 async def test_when_its_publisher_is_gone_the_ledger_says_whether_a_later_run_has_answered(bus: Bus) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 
-from modelbus_broker.topology import ACK_WAIT_S
+from modelbus_broker import names
+from modelbus_broker.asking import CallOptions
+from modelbus_broker.kept import read_kept
+from modelbus_broker.topology import ACK_WAIT_S, declare_bus, running
 from modelbus_workers.pulse import STOOD_STILL_S, Pulse
 
-from tests.helpers.asking import begun, outcomes, settled, whole
-from tests.helpers.cluster import Cluster
+from tests.helpers.asking import begun, chat, outcomes, read, settled, whole
+from tests.helpers.cluster import Cluster, echo_deployment
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 
@@ -76,3 +79,34 @@ async def test_what_is_delivered_again_when_its_publisher_is_gone_is_not_run_for
     await settled(cluster.bus, "echo")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_message_that_comes_again_before_its_answer_is_kept_stays_until_it_is(cluster: Cluster) -> None:
+    (worker,) = await cluster.deploy_echo()
+    publisher = await cluster.publisher()
+    answers = names.bucket_stream(names.BUCKET_ANSWERS)
+    config = (await cluster.bus.js_request(f"STREAM.INFO.{answers}"))["config"]
+    # It can be read, and nothing is stored there.
+    await cluster.bus.js_request(f"STREAM.UPDATE.{answers}", config | {"subjects": ["elsewhere"]})
+    call = await publisher.submit("echo", chat(WORDS), CallOptions(idempotency_key="k", answer_kept_s=3600))
+    assert await read(call) == WORDS
+    assert call.accepted is not None
+    async with asyncio.timeout(60):
+        while "waits" not in worker.log():
+            await asyncio.sleep(0.1)
+        await cluster.bus.publish(call.accepted.ack_subject, b"-NAK")
+        consumer = f"{names.STREAM_HI}.{names.consumer_name('echo', 'hi', 0)}"
+        while (await cluster.bus.js_request(f"CONSUMER.INFO.{consumer}"))["delivered"]["consumer_seq"] < 2:
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(1.0)  # what it would say of a message that is done
+    assert await running(cluster.bus, "echo") == 1
+
+    # Both die with the answer: another worker gets the message.
+    await publisher.bus.close()
+    worker.process.kill()
+    await declare_bus(cluster.bus)
+    cluster.start_worker(echo_deployment())
+    async with asyncio.timeout(ACK_WAIT_S + 60):
+        while await read_kept(cluster.bus, call.id) is None:
+            await asyncio.sleep(0.2)
+    await settled(cluster.bus, "echo")

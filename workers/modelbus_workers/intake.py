@@ -162,6 +162,7 @@ class Intake:
 
     def _judge(self, request: Request, pulled: Pulled, starts: int, *, answered: bool = False) -> None:
         now_ms = time.time_ns() / 1e6 + self.clock_offset_ms
+        ended = self._ended.get(names.message_id(request.id, request.attempt))
         decision = decide(
             request,
             now_ms=now_ms,
@@ -170,7 +171,7 @@ class Intake:
             revision=self.deployment.revision,
             compat=self.compat,
             free=self.free(),
-            ended=answered or names.message_id(request.id, request.attempt) in self._ended,
+            ended=answered or ended is not None,
             worker=self.id,
             cancelled=request.id in self._cancelled,
         )
@@ -186,7 +187,9 @@ class Intake:
             case "leave":
                 self._spawn(self._leave(pulled))
             case "done":
-                self._spawn(self._answer(pulled, b"+ACK"))
+                key = names.run_key(request.id, ended) if ended is not None else ""
+                still_booking = self.ledger.delivered_again(key, pulled.ack_subject)
+                self._spawn(self._answer(pulled, b"+WPI" if still_booking else b"+ACK"))
             case "expire":
                 error = DeadlineExceeded(f"the request expired in the queue: {decision.why}")
                 self._refuse(request, pulled, error)
@@ -334,6 +337,14 @@ class Intake:
         """Waits for what is still to be said of messages that were not run here to their end."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def disown(self, run_key: str) -> None:
+        """Another run counts in place of one that has ended here: its message, should it come again, is not done."""
+        self.ledger.disown(run_key)
+        for message_id, run in self._ended.items():
+            if run_key == names.run_key(message_id.rpartition(".")[0], run):
+                del self._ended[message_id]
+                return
 
     def ended_run(self, request_id: str) -> str | None:
         """The run that ended a request here, as far back as this worker remembers."""

@@ -129,6 +129,24 @@ class Ledger:
         self._idle.clear()
         self._wake.set()
 
+    def delivered_again(self, run_key: str, ack_subject: str) -> bool:
+        """The message of a run that has ended here came again. True: the run is not booked yet, and from now on it is
+        this delivery that is kept in progress, and acknowledged when all is stored. False: it is; that goes now."""
+        for place in (self._booking, self._doubtful):
+            if (entry := place.get(run_key)) is not None and entry.ack_subject:
+                place[run_key] = self._moved(entry, ack_subject)
+                return True
+        for at, entry in enumerate(self._ended):
+            if _key(entry) == run_key and entry.ack_subject:
+                self._ended[at] = self._moved(entry, ack_subject)
+                return True
+        return False
+
+    def _moved(self, entry: Entry, ack_subject: str) -> Entry:
+        self.waiting.discard(entry.ack_subject)
+        self.waiting.add(ack_subject)
+        return entry._replace(ack_subject=ack_subject)
+
     def disown(self, run_key: str) -> None:
         """Another run counts in place of this one, says its publisher: what it used is waste, its message is not ours."""
         event = self._booked.pop(run_key, None)  # where it is done already: the last event of a run is true
@@ -176,11 +194,11 @@ class Ledger:
                 counts = dict(zip(storing, await asyncio.gather(*storing.values()), strict=True))
                 entries = [
                     entry if counts.get(_key(entry), True) else self._beaten(entry)
-                    for entry in self._not_disowned(entries)
+                    for entry in self._still_booking(entries)
                 ]
             while entries and self._events and not await self._store([entry.event for entry in entries]):
                 await asyncio.sleep(AGAIN_S)
-                entries = self._certain(self._not_disowned(entries))
+                entries = self._certain(self._still_booking(entries))
                 self._booking = {_key(entry): entry for entry in entries if entry.ack_subject}
             counting, self._booking = self._booking, {}
             for key, entry in counting.items():
@@ -192,9 +210,14 @@ class Ledger:
                 self._idle.set()
             await asyncio.sleep(PAUSE_S)
 
-    def _not_disowned(self, entries: list[Entry]) -> list[Entry]:
-        """What was disowned while something else was waited for is in the next events, as waste."""
-        return [entry for entry in entries if not entry.ack_subject or _key(entry) in self._booking]
+    def _still_booking(self, entries: list[Entry]) -> list[Entry]:
+        """As they are now, after something was waited for: what was disowned meanwhile is in the next events, as waste,
+        and what was delivered again is acknowledged by its new name."""
+        return [
+            self._booking.get(_key(entry), entry)
+            for entry in entries
+            if not entry.ack_subject or _key(entry) in self._booking
+        ]
 
     async def _acknowledge(self, ack_subjects: Sequence[str]) -> None:
         """Returns when the bus has heard them all."""

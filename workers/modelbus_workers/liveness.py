@@ -133,7 +133,7 @@ class Liveness:
                 execution.let_go()
             else:
                 self._worker.outbox.forget(key)
-                self._worker.ledger.disown(key)
+                self._worker.intake.disown(key)
 
     def _expire(self) -> None:
         now = asyncio.get_running_loop().time()
