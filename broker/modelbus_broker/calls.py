@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from .errors import ModelBusError, RequestCancelled, error_of
 from .failover import Progress, RunEnd
-from .messages import Accepted, Delta, Document, Done, Failed, Frame, Request, Started, Vectors
+from .messages import Accepted, Delta, Document, Done, Failed, Frame, Request, Started, Usage, Vectors
 from .reception import Reception, Verdict
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Call:
         #: Output per choice, so that another worker can go on from here.
         self.token_ids: list[list[int]] = []
         self.chars: list[int] = []
+        self.usage: Usage | None = None  #: of the whole answer, when it has come
         self.finished: set[int] = set()  #: choices whose last delta has come
         self.delivered = False  #: some output has come
         self.shown = False  #: and the reader has got some of it
@@ -111,7 +112,7 @@ class Call:
             self._frames.append(frame)  # the reader sees it with what comes next
             return
         elif type(frame) is Done:
-            self.over = True
+            self.over, self.usage = True, frame.usage
             self._publisher.ended(self)
         elif type(frame) is Failed:
             self._publisher.following.failed(self, frame)
@@ -202,7 +203,7 @@ class Call:
                 case Started():
                     self.engine_started |= frame.run == self.reception.run
                 case Done():
-                    self.over = True
+                    self.over, self.usage = True, frame.usage
                     self._publisher.ended(self)
             self._frames.append(frame)
         self._wake()

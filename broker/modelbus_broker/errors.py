@@ -43,7 +43,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from .messages.publisher import Failed, Usage
+from .messages.publisher import Failed
+from .messages.usage import Usage
 
 
 class ModelBusError(Exception):

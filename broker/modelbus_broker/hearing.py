@@ -18,7 +18,7 @@ from . import names
 from .calls import Call
 from .connection import Msg, NoResponders
 from .errors import BusUnavailable
-from .messages import Alive, AliveReply, Probe, decode_alive, encode
+from .messages import Alive, AliveReply, Answered, Probe, Stop, Usage, decode_alive, encode
 from .storing import HEAR_FIRST_S
 
 if TYPE_CHECKING:
@@ -50,11 +50,20 @@ class Hearing:
         self._publisher = publisher
         self.heard: dict[str, float] = {}
         self._superseded: OrderedDict[str, None] = OrderedDict()  #: keys of runs that were given up as lost
-        self._answered: OrderedDict[str, str] = OrderedDict()  #: request -> the run that counted
+        #: request -> the run that counted, and what its answer cost; None where that is no whole answer
+        self._answered: OrderedDict[str, tuple[str, Usage | None]] = OrderedDict()
 
-    def answered(self, request_id: str, run: str) -> None:
-        """A request is over, and this run of it counts."""
-        _remember(self._answered, request_id, run, ANSWERED_KEPT)
+    def answered(self, request_id: str, run: str, usage: Usage | None) -> None:
+        """A request is over, and this run of it counts; ``usage``: of a whole answer."""
+        _remember(self._answered, request_id, (run, usage), ANSWERED_KEPT)
+
+    def unwanted(self, request_id: str, run: str) -> Stop | Answered:
+        """What to tell the worker of a run that nobody waits for: of a request that was cancelled, or of one that has its
+        answer, and whose message was delivered again because the worker that gave it died before it was booked."""
+        counted, usage = self._answered.get(request_id, ("", None))
+        if usage is None or counted == run:
+            return Stop(id=request_id, run=run)
+        return Answered(id=request_id, run=run, counted=counted, usage=usage)
 
     def superseded(self, request_id: str, run: str) -> None:
         """A run is given up. Its worker may come back, perhaps when all is over here, and ask which runs count."""
@@ -85,11 +94,17 @@ class Hearing:
             key = names.run_key(state.id, state.run)
             if key in self._superseded:
                 let_go.append(key)
-            elif call is None and state.state == "ended" and self._answered.get(state.id, state.run) != state.run:
+            elif call is None and state.state == "ended" and not self._counts(state.id, state.run):
                 let_go.append(key)
             elif call is None:
-                if state.id not in self._publisher.moving:
-                    (confirmed if state.state == "ended" else stop).append(key)
+                if state.id in self._publisher.moving:
+                    pass
+                elif state.state == "ended":
+                    confirmed.append(key)
+                elif isinstance(answer := self.unwanted(state.id, state.run), Answered):
+                    self._publisher.tell(alive.worker, answer)
+                else:
+                    stop.append(key)
             elif call.reception.run in ("", state.run):
                 if names.parse_run(state.run)[0] < call.reception.fence:
                     let_go.append(key)
@@ -112,6 +127,10 @@ class Hearing:
                 if call.missing >= 2 and now - call.last_alive > ALIVE_S:
                     self._publisher.following.lost(call, "its worker no longer has it")
         return AliveReply(stop=stop, confirmed=confirmed, let_go=let_go)
+
+    def _counts(self, request_id: str, run: str) -> bool:
+        """No other run of the request is known to have counted."""
+        return self._answered.get(request_id, (run, None))[0] == run
 
     async def watch(self) -> None:
         """Looks for workers that are silent and for requests whose time is up."""

@@ -322,8 +322,8 @@ class Publisher:
     def _refuse(self, worker: str, accepted: Accepted) -> None:
         """A worker has begun with a request that nobody waits for here."""
         if accepted.id not in self.moving:
-            # Cancelled while it was queued, or of a publisher's earlier life.
-            self.tell(worker, Stop(id=accepted.id, run=accepted.run))
+            # Cancelled while it was queued, or answered and delivered again.
+            self.tell(worker, self.hearing.unwanted(accepted.id, accepted.run))
         elif (adopt := self.moving.successor(accepted)) is not None:
             self.tell(worker, adopt)
 
@@ -333,7 +333,7 @@ class Publisher:
             return  # it was never ours, or is another call's by now
         del self.calls[call.id]
         if call.reception.run:
-            self.hearing.answered(call.id, call.reception.run)
+            self.hearing.answered(call.id, call.reception.run, call.usage)
         if call.publication is not None and call.reception.run:
             self.storing.forget(call.publication)
         left = self._per_model.get(call.model, 1) - 1

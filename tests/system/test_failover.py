@@ -26,7 +26,7 @@ from modelbus_broker.server import EmbeddedServer, ServerSettings
 from modelbus_broker.settings import BusSettings
 from modelbus_broker.topology import declare_bus
 
-from tests.helpers.asking import chat, outcomes, read, settled, usage_events, whole
+from tests.helpers.asking import booked, chat, outcomes, read, settled, usage_events, whole
 from tests.helpers.cluster import Cluster, WorkerProcess, echo_deployment
 from tests.helpers.faulty_upstream import ANSWER, HALF, Fault, faulty_upstream
 from tests.helpers.gateways import Start
@@ -107,13 +107,6 @@ def check_echo(streams: list[Stream], tokens: int = TOKENS) -> None:
 def most_busy(workers: list[WorkerProcess], streams: list[Stream]) -> WorkerProcess:
     held = Counter(stream.worker for stream in streams)
     return max(workers, key=lambda worker: held[worker.id])
-
-
-async def booked(bus: Bus, count: int) -> None:
-    """Until so many runs are in the ledger."""
-    async with asyncio.timeout(60):
-        while len(await usage_events(bus)) < count:
-            await asyncio.sleep(0.1)
 
 
 async def test_killed_workers_streams_go_on_where_they_stopped_also_when_all_slots_are_taken(cluster: Cluster) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 
+from modelbus.testing.echo import count_tokens
 from modelbus_broker import names
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.kept import read_kept
+from modelbus_broker.messages import encode
 from modelbus_broker.topology import ACK_WAIT_S, declare_bus, running
 from modelbus_workers.pulse import STOOD_STILL_S, Pulse
 
-from tests.helpers.asking import begun, chat, outcomes, read, settled, whole
+from tests.helpers.asking import begun, chat, outcomes, read, settled, usage_events, whole
 from tests.helpers.cluster import Cluster, echo_deployment
 
 WORDS = "the quick brown fox jumps over the lazy dog"
@@ -110,3 +112,45 @@ async def test_a_message_that_comes_again_before_its_answer_is_kept_stays_until_
         while await read_kept(cluster.bus, call.id) is None:
             await asyncio.sleep(0.2)
     await settled(cluster.bus, "echo")
+
+
+async def test_an_answer_whose_worker_died_before_it_was_billed_is_billed_by_the_next_one(cluster: Cluster) -> None:
+    first, second = await cluster.deploy_echo(workers=2)
+    publisher = await cluster.publisher()
+    config = (await cluster.bus.js_request(f"STREAM.INFO.{names.STREAM_USAGE}"))["config"]
+    # It can be read, and nothing is stored there.
+    await cluster.bus.js_request(f"STREAM.UPDATE.{names.STREAM_USAGE}", config | {"subjects": ["elsewhere"]})
+    calls = [await publisher.submit("echo", chat(f"{WORDS} {n}"), CallOptions(stream=n % 2 > 0)) for n in range(8)]
+    assert await asyncio.gather(*map(read, calls)) == [f"{WORDS} {n}" for n in range(8)]
+    by_worker = {worker.id: [c for c in calls if c.reception.run.endswith(worker.id)] for worker in (first, second)}
+    dies = first if by_worker[first.id] else second
+    dies.send_signal(signal.SIGKILL)
+    await declare_bus(cluster.bus)
+    async with asyncio.timeout(ACK_WAIT_S + 60):
+        while (await outcomes(cluster.bus))["done"] < 8:
+            await asyncio.sleep(0.2)
+    await settled(cluster.bus, "echo")
+    events = {event.id: event for event in await usage_events(cluster.bus) if event.outcome == "done"}
+    assert {call.id: call.reception.run for call in calls} == {id: event.run for id, event in events.items()}
+    tokens = count_tokens(f"{WORDS} 0")
+    for event in events.values():
+        assert (event.usage.prompt_tokens, event.usage.completion_tokens) == (tokens, tokens)
+    assert (await outcomes(cluster.bus)) == {"done": 8, "waste": len(by_worker[dies.id])}
+
+
+async def test_an_answer_that_was_billed_before_its_worker_died_is_not_billed_again(cluster: Cluster) -> None:
+    workers = await cluster.deploy_echo(workers=2, interval_ms="50")
+    publisher = await cluster.publisher()
+    call = await publisher.submit("echo", chat(WORDS))
+    assert await read(call) == WORDS and call.accepted is not None
+    await settled(cluster.bus, "echo")
+    (event,) = await usage_events(cluster.bus)
+    holder = next(worker for worker in workers if call.reception.run.endswith(worker.id))
+    holder.send_signal(signal.SIGKILL)
+    # As if its acknowledgement had died with a server, and the queue had been told nothing.
+    await cluster.bus.js_publish(names.request_subject("echo", "hi"), encode(call.request))
+    async with asyncio.timeout(60):
+        while (await outcomes(cluster.bus))["waste"] < 1:
+            await asyncio.sleep(0.2)
+    await settled(cluster.bus, "echo")
+    assert [e for e in await usage_events(cluster.bus) if e.outcome == "done"] == [event]

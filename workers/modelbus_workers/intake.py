@@ -27,6 +27,7 @@ from modelbus_broker.errors import (
 )
 from modelbus_broker.messages import (
     Accepted,
+    Answered,
     DeadLetter,
     Deployment,
     Request,
@@ -345,6 +346,28 @@ class Intake:
             if run_key == names.run_key(message_id.rpartition(".")[0], run):
                 del self._ended[message_id]
                 return
+
+    def answered_elsewhere(self, execution: Execution, answered: Answered) -> None:
+        """Lets go of a run whose request was answered by a worker that, mostly, died before it could book that."""
+        if execution.state != "ended" and execution.counts:
+            execution.let_go()
+            self._spawn(self._book_in_place(execution, answered))
+
+    async def _book_in_place(self, execution: Execution, answered: Answered) -> None:
+        request, pulled = execution.request, execution.pulled
+        try:
+            booked = await self.ledger.has(request.id, answered.counted, since_ms=pulled.stored_ms)
+        except ModelBusError as error:
+            log.warning("whether %s was billed is not known now: %s", request.id, error.message)
+            return  # its message comes again
+        if booked:
+            await self._answer(pulled, b"+ACK")
+            return
+        event = usage_event(
+            execution, deployment=self.deployment.name, usage=answered.usage, outcome="done", code="", queue_ms=0.0
+        )
+        event = msgspec.structs.replace(event, run=answered.counted, outcome="done", run_ms=0.0)
+        self.ledger.book(event, pulled.ack_subject)
 
     def ended_run(self, request_id: str) -> str | None:
         """The run that ended a request here, as far back as this worker remembers."""

@@ -178,6 +178,14 @@ class Ledger:
                 return entry
         return None
 
+    async def has(self, request_id: str, run: str, *, since_ms: float) -> bool:
+        """Whether a run is booked; ``since_ms``: Unix time before which it was not. Raises BusUnavailable."""
+        since_ms = max(1.0, since_ms - SKEW_MS)
+        async for message in read_stream(self._bus, names.STREAM_USAGE, names.USAGE, since_ms=since_ms):
+            if any(event.id == request_id and event.run == run for event in decode_usage_events(message.data)):
+                return True
+        return False
+
     def confirmed(self, run_key: str) -> None:
         """The publisher has the last frame of this run: it counts, and nothing more will be said of it."""
         self._booked.pop(run_key, None)

@@ -30,6 +30,7 @@ from modelbus_broker.messages import (
     AdapterChecked,
     Adopt,
     Alive,
+    Answered,
     Cancelled,
     Capabilities,
     CheckAdapter,
@@ -315,6 +316,9 @@ class Worker:
             case LetGo(id=request_id, run=run):
                 for execution in self._executions_of(request_id, run):
                     execution.let_go()
+            case Answered():
+                for execution in self._executions_of(message.id, message.run):
+                    self.intake.answered_elsewhere(execution, message)
             case Resend(id=request_id, run=run, seq=seq):
                 self.outbox.resend(request_id, run, seq)
             case Adopt():

@@ -5,7 +5,7 @@
 | ``worker`` | workers: requests, control messages |
 | ``publisher`` | gateways and SDK processes: frames, alive messages |
 | ``registry`` | readers of the buckets: deployments, claims, workers, nodes |
-| ``ledger`` | the usage and dead-letter streams |
+| ``ledger``, ``usage`` | the usage and dead-letter streams |
 | ``answers`` | those who ask again: kept answers, idempotency keys, jobs |
 | ``chat`` | the tasks inside a request |
 | ``files`` | gateways: files, vector stores, and what is to be indexed (imported from there) |
@@ -72,7 +72,6 @@ from .publisher import (
     TokenLogprob,
     ToolCallDelta,
     TopLogprob,
-    Usage,
     Vectors,
     decode_adapter_checked,
     decode_alive,
@@ -100,9 +99,11 @@ from .registry import (
     decode_start_failure,
     decode_worker,
 )
+from .usage import Usage
 from .worker import (
     Adapter,
     Adopt,
+    Answered,
     BlobRef,
     CheckAdapter,
     Control,
@@ -120,7 +121,7 @@ from .worker import (
 )
 
 __all__ = [
-    "Accepted", "Adapter", "AdapterChecked", "AdapterRecord", "Adopt", "Alive", "AliveReply", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
+    "Accepted", "Adapter", "AdapterChecked", "AdapterRecord", "Adopt", "Alive", "AliveReply", "Answered", "AudioData", "AudioPart", "BlobRef", "Cancel", "Cancelled",
     "Capabilities", "Chat", "ChatMessage", "CheckAdapter", "Claim", "Classification", "Completion", "Context", "Control", "DeadLetter", "Decision", "Delta", "Deployment",
     "Document", "Done", "Embedding", "Failed", "FileData", "FilePart", "FindRun", "FinishReason", "FoundRun", "Frame",
     "FunctionCall", "GPU", "Go", "Grounding", "Held", "ImagePart", "ImageURL", "JobRecord", "KeptAnswer", "KeyRecord", "Ladder", "Lane", "LetGo",

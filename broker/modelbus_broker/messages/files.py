@@ -7,8 +7,8 @@ from typing import Literal
 import msgspec
 
 from .base import Message
-from .publisher import Usage
 from .search import Value
+from .usage import Usage
 
 
 class FileRecord(Message, frozen=True, kw_only=True, tag="file"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from .base import Message
-from .publisher import Usage
+from .usage import Usage
 from .worker import BlobRef
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from .base import Message, Row
+from .usage import Usage
 from .worker import Adopt, Request
 
 FinishReason = Literal["", "stop", "length", "tool_calls", "content_filter", "function_call"]
@@ -38,14 +39,6 @@ class ToolCallDelta(Row, frozen=True, kw_only=True):
     id: str = ""
     name: str = ""
     arguments: str = ""
-
-
-class Usage(Row, frozen=True, kw_only=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0  #: of the prompt
-    reasoning_tokens: int = 0  #: of the completion
-    estimated: bool = False  #: counted by us because the provider gave none
 
 
 class Accepted(Row, frozen=True, kw_only=True, tag="a"):

@@ -9,6 +9,7 @@ import msgspec
 from ..names import publisher_of
 from .base import Message
 from .chat import Task
+from .usage import Usage
 
 Lane = Literal["re", "hi", "lo"]
 
@@ -97,6 +98,16 @@ class LetGo(Message, frozen=True, kw_only=True, tag="let_go"):
     run: str
 
 
+class Answered(Message, frozen=True, kw_only=True, tag="answered"):
+    """The whole answer has come, from another run: let this one go, book that one if its worker no longer could, and
+    acknowledge the message."""
+
+    id: str
+    run: str
+    counted: str  #: the run that was whole
+    usage: Usage
+
+
 class Resend(Message, frozen=True, kw_only=True, tag="resend"):
     """Send again what the ring holds of this run, from ``seq`` on."""
 
@@ -135,7 +146,7 @@ class CheckAdapter(Message, frozen=True, kw_only=True, tag="check_adapter"):
     adapter: Adapter
 
 
-Control = Stop | Go | LetGo | Resend | Adopt | Probe | Measure | CheckAdapter
+Control = Stop | Go | LetGo | Answered | Resend | Adopt | Probe | Measure | CheckAdapter
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 _task_decoder: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)

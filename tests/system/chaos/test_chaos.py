@@ -12,6 +12,7 @@ from tests.system.chaos.trouble import Pace
 
 
 @pytest.mark.timeout(420)
+@pytest.mark.flaky(reruns=0)  # what fails here once in many runs is a fault like any other
 async def test_every_request_is_answered_exactly_once_while_everything_is_killed(tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # make chaos ARGS="--seed SEED" makes the same trouble again
