@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from modelbus_broker.errors import InvalidRequest
 
+V = TypeVar("V")
+
 MAX_INPUTS = 2048
+#: OpenAI's bounds of metadata and attributes, and of how long a file may live after it was made.
+MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512
+LEAST_LIFE_S, MOST_LIFE_S = 3600, 30 * 24 * 3600
 
 
 class Need(NamedTuple):
@@ -92,6 +97,28 @@ def decimal(param: str, value: float, least: float, most: float) -> None:
             f"Invalid '{param}': decimal above maximum value. Expected a value <= {most:g}, but got {value:g} instead.",
             param=param,
         )
+
+
+def life_s(param: str, anchor: str | None, seconds: int) -> int:
+    """How long something lives after it was made. ``param`` has a place for the name of the field: ``expires_after.{}``."""
+    if anchor != "created_at":
+        raise not_one_of(param.format("anchor"), anchor, ("created_at",))
+    integer(param.format("seconds"), seconds, LEAST_LIFE_S, MOST_LIFE_S)
+    return seconds
+
+
+def pairs(param: str, given: Mapping[str, V] | None, reserved: tuple[str, ...] = ()) -> dict[str, V]:
+    """Metadata or attributes; no key begins with what is reserved."""
+    given = given or {}
+    if len(given) > MAX_PAIRS:
+        raise InvalidRequest(f"Invalid '{param}': at most {MAX_PAIRS} pairs, not {len(given)}.", param=param)
+    for key, value in given.items():
+        if not 1 <= len(key) <= MAX_KEY_CHARS or key.startswith(reserved):
+            but = f" and does not begin with {' or '.join(reserved)}" if reserved else ""
+            raise InvalidRequest(f"Invalid '{param}': a key has 1 to {MAX_KEY_CHARS} characters{but}.", param=param)
+        if isinstance(value, str) and len(value) > MAX_VALUE_CHARS:
+            raise InvalidRequest(f"Invalid '{param}.{key}': at most {MAX_VALUE_CHARS} characters.", param=param)
+    return dict(given)
 
 
 def not_one_of(param: str, value: object, choices: Sequence[str]) -> InvalidRequest:

@@ -10,16 +10,13 @@ from modelbus_broker.errors import InvalidRequest
 from modelbus_broker.messages.files import BatchRecord
 
 from ..bodies import Body
-from ..checks import integer, not_one_of
+from ..checks import life_s, not_one_of, pairs
 from ..handlers import GATEWAY, json_response
 from ..paging import list_page, paging
-from ..vector_stores.types import checked
 from .records import KEPT_S, OVER, BatchRecords, entered, new_batch_id, now_ms
 from .rows import ENDPOINTS
 
 _HOUR_MS = 3600 * 1000
-#: OpenAI's bounds of ``output_expires_after.seconds``.
-_LEAST_S, _MOST_S = 3600, 30 * 24 * 3600
 
 
 class _Expiry(msgspec.Struct, frozen=True):
@@ -112,10 +109,7 @@ async def create(request: web.Request) -> web.Response:
         )
     lives_s = KEPT_S
     if (expiry := asked.output_expires_after) is not None:
-        if expiry.anchor != "created_at":
-            raise not_one_of("output_expires_after.anchor", expiry.anchor, ("created_at",))
-        integer("output_expires_after.seconds", expiry.seconds, _LEAST_S, _MOST_S)
-        lives_s = expiry.seconds
+        lives_s = life_s("output_expires_after.{}", expiry.anchor, expiry.seconds)
     file = await gateway.files.get(asked.input_file_id)
     if file.purpose != "batch":
         raise InvalidRequest(
@@ -126,7 +120,7 @@ async def create(request: web.Request) -> web.Response:
     record = BatchRecord(
         id=new_batch_id(), endpoint=asked.endpoint, input_file=file.id, created_ms=now,
         expires_ms=now + int(hours[1]) * _HOUR_MS, window=asked.completion_window,
-        metadata=checked("metadata", asked.metadata), output_lives_s=lives_s,
+        metadata=pairs("metadata", asked.metadata), output_lives_s=lives_s,
     )  # fmt: skip
     await gateway.batches.records.create(record)
     gateway.batches.wake()

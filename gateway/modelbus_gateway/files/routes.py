@@ -12,7 +12,7 @@ from aiohttp import BodyPartReader, web
 from modelbus_broker.errors import InvalidRequest, ModelBusError
 from modelbus_broker.messages.files import FileRecord
 
-from ..checks import integer, not_one_of
+from ..checks import life_s, not_one_of
 from ..edge import EXCHANGE
 from ..handlers import GATEWAY, json_response
 from ..paging import Deleted, list_page, paging
@@ -25,8 +25,6 @@ PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 _FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _PIECE = 256 << 10
 _DAY_S = 24 * 3600
-#: OpenAI's bounds of ``expires_after.seconds``.
-_LEAST_S, _MOST_S = 3600, 30 * _DAY_S
 _BATCH_S = 30 * _DAY_S  #: files for batches expire where nobody says otherwise
 
 
@@ -91,12 +89,9 @@ def _lives_s(fields: Mapping[str, str], purpose: str) -> int:
     anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return _BATCH_S if purpose == "batch" else 0
-    if anchor != "created_at":
-        raise not_one_of("expires_after[anchor]", anchor, ("created_at",))
     if seconds is None or not seconds.isascii() or not seconds.isdigit():
         raise InvalidRequest("Invalid 'expires_after[seconds]': expected an integer.", param="expires_after[seconds]")
-    integer("expires_after[seconds]", int(seconds), _LEAST_S, _MOST_S)
-    return int(seconds)
+    return life_s("expires_after[{}]", anchor, int(seconds))
 
 
 async def list_files(request: web.Request) -> web.Response:

@@ -104,7 +104,9 @@ async def update_file(request: web.Request) -> web.Response:
     stores = _stores(request)
     asked = types.UPDATE_FILE_BODY.read(await request.app[GATEWAY].body(request))
     store = await stores.usable(_store_id(request))
-    return json_response(types.file_object(await stores.set_attributes(store, request.match_info["file_id"], asked.attributes)))
+    return json_response(
+        types.file_object(await stores.set_attributes(store, request.match_info["file_id"], asked.attributes))
+    )
 
 
 async def delete_file(request: web.Request) -> web.Response:
@@ -182,7 +184,9 @@ async def delete_chunks(request: web.Request) -> web.Response:
     stores = _stores(request)
     asked = types.DELETE_CHUNKS_BODY.read(await request.app[GATEWAY].body(request))
     store = await stores.usable(_store_id(request))
-    return json_response(types.ChunksDeleted(deleted=await stores.chunks(store).delete(asked.ids, filter=asked.filters)))
+    return json_response(
+        types.ChunksDeleted(deleted=await stores.chunks(store).delete(asked.ids, filter=asked.filters))
+    )
 
 
 def _file_page(request: web.Request, files: list[VectorStoreFileRecord]) -> web.Response:

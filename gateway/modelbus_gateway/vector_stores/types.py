@@ -17,14 +17,13 @@ from modelbus_broker.messages.search import Filter, Mode, Value
 from msgspec import UNSET, UnsetType
 
 from ..bodies import Body
-from ..checks import decimal, integer
+from ..checks import decimal, integer, pairs
 from .chunks import OURS
 from .records import expires_ms, has_expired
 
 V = TypeVar("V", bound=Value)
 
 MAX_BATCH = 2000  #: files
-_MAX_KEYS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 _MAX_DAYS = 365
 
 Attributes = dict[str, str | bool | int | float]
@@ -295,23 +294,8 @@ def chunking_of(strategy: ChunkingStrategy | None) -> StaticChunking | None:
 
 
 def checked(param: str, given: Mapping[str, V] | None) -> dict[str, V]:
-    """Metadata or attributes within OpenAI's bounds.
-
-    Raises:
-        InvalidRequest: there are too many, or one is too long.
-    """
-    given = given or {}
-    if len(given) > _MAX_KEYS:
-        raise InvalidRequest(f"Invalid '{param}': at most {_MAX_KEYS} pairs, not {len(given)}.", param=param)
-    for key, value in given.items():
-        if not 1 <= len(key) <= _MAX_KEY_CHARS or key.startswith((OURS, "$")):
-            raise InvalidRequest(
-                f"Invalid '{param}': a key has 1 to {_MAX_KEY_CHARS} characters and does not begin with $ or {OURS}.",
-                param=param,
-            )
-        if isinstance(value, str) and len(value) > _MAX_VALUE_CHARS:
-            raise InvalidRequest(f"Invalid '{param}.{key}': at most {_MAX_VALUE_CHARS} characters.", param=param)
-    return dict(given)
+    """Metadata or attributes within OpenAI's bounds. Raises InvalidRequest."""
+    return pairs(param, given, reserved=("$", OURS))
 
 
 def batch_files(asked: BatchRequest) -> list[AttachRequest]:
