@@ -14,6 +14,7 @@ import pytest
 from modelbus_broker.errors import BusUnavailable, ConfigurationError
 from modelbus_broker.messages import Deployment
 from modelbus_broker.settings import BusSettings
+from modelbus_broker.topology import queued
 from modelbus_gateway.metrics import Metrics
 from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
@@ -121,7 +122,9 @@ async def test_a_full_queue_is_a_429_with_retry_after(
     await cluster.declare(deployment)
     url = await start_gateway()
     waiting = asyncio.create_task(http.post(url + CHAT, json=HELLO, headers={"X-Modelbus-Wait": "1"}).__aenter__())
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(60):
+        while not await queued(cluster.bus, "echo"):
+            await asyncio.sleep(0.02)
     async with http.post(url + CHAT, json=HELLO, headers={"X-Modelbus-Wait": "1"}) as response:
         assert response.status == 429
         assert int(response.headers["Retry-After"]) >= 1

@@ -177,7 +177,9 @@ async def test_a_request_that_was_not_taken_leaves_its_key_free(
     async with post(http, url, "k") as response:
         assert response.status == 404
     await cluster.deploy_echo()
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(60):
+        while (await http.post(url + CHAT, json=ASKED)).status != 200:  # until the gateway has heard of it
+            await asyncio.sleep(0.05)
     assert (await plain(http, url, "k"))["choices"][0]["message"]["content"] == WORDS
 
 

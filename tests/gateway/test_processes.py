@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from modelbus_broker.topology import running
 
 from tests.helpers.cluster import Cluster
 from tests.helpers.command_line import free_port
@@ -43,7 +44,9 @@ async def test_running_requests_end_before_it_does(cluster: Cluster, start: Star
     gateway = start("--address", cluster.server.url)
     await gateway.ready()
     asking = asyncio.create_task(http.post(gateway.url + CHAT, json=HELLO).__aenter__())
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(60):
+        while not await running(cluster.bus, "echo"):
+            await asyncio.sleep(0.02)
     gateway.process.terminate()
     async with await asking as response:
         assert response.status == 200
