@@ -157,12 +157,23 @@ async def test_one_trace_from_the_program_to_the_engine(
     assert post["resource"]["attributes"]["service.name"] == "modelbus-gateway"
     assert named(ran_there, "chat echo", trace)["parent_id"] == post["context"]["span_id"]
 
-    # Through a provider: the provider's spans hang below the span of the worker that asked it.
+    # Through a provider: each try has a span, and the provider's spans hang below it.
     trace = named(own, "far away")["context"]["trace_id"]
-    asked, post = named(ran_there, "chat far", trace), named(served, "POST /v1/chat/completions", trace)
+    run, post = named(ran_there, "chat far", trace), named(served, "POST /v1/chat/completions", trace)
+    assert run["attributes"]["modelbus.worker"] == workers[2].id
+    (asked,) = [span for span in ran_there if span["parent_id"] == run["context"]["span_id"]]
+    assert (asked["name"], asked["kind"]) == ("chat echo", "SpanKind.CLIENT")
+    assert asked["attributes"]["gen_ai.provider.name"] == "openai_compatible"
+    assert f"http://{asked['attributes']['server.address']}:{asked['attributes']['server.port']}" == gateway.url
+    assert (
+        asked["attributes"]["gen_ai.usage.output_tokens"] == 2
+        and "http.request.resend_count" not in asked["attributes"]
+    )
     assert post["parent_id"] == asked["context"]["span_id"]
-    assert asked["attributes"]["modelbus.worker"] == workers[2].id
-    assert named(ran_there, "chat echo", trace)["parent_id"] == post["context"]["span_id"]
+    (answered,) = [
+        span for span in ran_there if span["parent_id"] == post["context"]["span_id"] and span["name"] == "chat echo"
+    ]
+    assert answered["attributes"]["modelbus.worker"] == workers[0].id
 
     # What fails says so, on both sides; a job is in the trace of whoever submitted it; a stream ends its span.
     failed = named(own, "chat broken")

@@ -6,11 +6,13 @@ import asyncio
 import logging
 from base64 import b64encode
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from struct import pack
 from typing import Any
 
 import pytest
 from aiohttp import web
+from modelbus import tracing
 from modelbus_broker.errors import (
     ConfigurationError,
     ContextLengthExceeded,
@@ -25,6 +27,9 @@ from modelbus_broker.errors import (
 from modelbus_broker.messages import Chat, ChatMessage, Completion, Embedding, Sampling, Usage
 from modelbus_workers.engines.base import EngineConfig, Output, Run, engine_class
 from modelbus_workers.engines.openai import OpenAIEngine
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.workers.engines.contract import ask, chat, outputs_of
 from tests.workers.engines.misbehaving import USAGE, Provider, chunk, running_provider, say, stream
@@ -161,6 +166,46 @@ async def test_a_deployment_can_keep_the_trace_to_itself(provider: Provider, eng
     await ask(engine, chat("hi"), traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
 
     assert not [name for name in provider.headers[-1] if name.lower().startswith("trace")]
+
+
+async def test_each_try_has_a_span_that_says_how_it_ended(
+    engine: OpenAIEngine, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, tracers = InMemorySpanExporter(), TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "tracer", lambda: tracers.get_tracer("test"))
+
+    async def answer(request: web.Request, number: int) -> web.StreamResponse:
+        if number % 2:
+            return web.json_response({"error": {"message": "later"}}, status=503)
+        if request.path.endswith("/embeddings"):
+            return web.json_response(
+                {"data": [{"index": 0, "embedding": [1.0]}], "usage": {"prompt_tokens": 4}, "model": "e-1"}
+            )
+        return await say(request, "Hel", "lo")
+
+    def spans() -> list[dict[str, Any]]:
+        found = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
+        exporter.clear()
+        return found
+
+    parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    for task, usage in ((chat("hi"), (7, 2)), (Embedding(input=["1"]), (4, 0))):
+        provider.script = answer
+        await ask(engine, task, traceparent=parent)
+        told = provider.headers[-1]["traceparent"].split("-")
+        assert told[1] == "ab" * 16 and told[2] != "cd" * 8
+        first, second = spans()
+        assert first["error.type"] == "upstream_failed" and "http.request.resend_count" not in first
+        assert "error.type" not in second and second["http.request.resend_count"] == 1
+        assert (second[tracing.INPUT_TOKENS], second[tracing.OUTPUT_TOKENS]) == usage
+        assert (second["server.address"], second[tracing.PROVIDER]) == ("127.0.0.1", "openai_compatible")
+
+    provider.script = lambda request, number: say(request, "Hel", "lo")
+    async with aclosing(engine.chat(chat("hi"), Run(id="r"))) as outputs:
+        await anext(outputs)
+    (left,) = spans()
+    assert left["error.type"] == "request_cancelled"
 
 
 async def test_azure_has_its_own_address_and_header(provider: Provider, engines: list[OpenAIEngine]) -> None:

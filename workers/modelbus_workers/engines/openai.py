@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from modelbus.token_estimate import estimate_prompt
-from modelbus.tracing import Trace
 from modelbus_broker.errors import (
     ConfigurationError,
     DeploymentFailed,
@@ -29,8 +29,9 @@ from .base import Engine, EngineConfig, EngineOutput, Finished, Run, VectorBatch
 from .openai_bodies import chat_body, completion_body, embedding_body
 from .openai_client import Endpoint, Upstream, checked_url, shown_url
 from .openai_errors import Secrets, TryAgain, failure_in_stream
-from .openai_lists import decode_embeddings
+from .openai_lists import EmbeddingAnswer, decode_embeddings
 from .openai_probe import Served, probe
+from .openai_spans import Try
 from .openai_wire import AnswerReader, decode_chunk, pieces
 from .params import read_params
 from .presets import PRESETS, Preset, preset_for
@@ -179,21 +180,28 @@ class OpenAIEngine(Engine):
     async def embedding(self, task: Embedding, run: Run) -> AsyncGenerator[EngineOutput, None]:
         batch = self.settings.embedding_batch or self._preset.embedding_batch
         tokens, estimated, model = 0, False, ""
+
+        async def one_try(part: Embedding, body: Mapping[str, Any], number: int) -> EmbeddingAnswer:
+            with self._try("embedding", run, number) as one:
+                document = await self._upstream.post("/embeddings", body, headers=one.headers)
+                if b'"error"' in document[:64]:
+                    raise _error(failure_in_stream(document, self._upstream.secrets))
+                answer = decode_embeddings(document, len(part.input), self._upstream.secrets.hide)
+                one.answered(Usage(prompt_tokens=answer.prompt_tokens), answer.model)
+                return answer
+
         for start in range(0, len(task.input), batch):
             part = msgspec.structs.replace(task, input=task.input[start : start + batch])
             while True:
                 body = self._extra_body | embedding_body(part, self._model, self._preset)
                 try:
-                    document = await self._upstream.post(
-                        "/embeddings", body, run.deadline, fail_fast=run.fail_fast, headers=self._trace_headers(run)
+                    answer = await self._upstream.retried(
+                        partial(one_try, part, body), run.deadline, fail_fast=run.fail_fast
                     )
                     break
                 except InvalidRequest as error:
                     if not self._learn(error, body):
                         raise
-            if b'"error"' in document[:64]:
-                raise _error(failure_in_stream(document, self._upstream.secrets))
-            answer = decode_embeddings(document, len(part.input), self._upstream.secrets.hide)
             self._dimensions = len(answer.vectors[0]) // 4
             model = answer.model
             estimated = estimated or not answer.prompt_tokens
@@ -209,15 +217,16 @@ class OpenAIEngine(Engine):
 
     async def _answer(self, path: str, task: Chat | Completion, run: Run) -> AsyncGenerator[EngineOutput, None]:
         """Tries until the first token has come; from then on a failure is the end."""
-        tries = 0
+        tries, operation = 0, "chat" if isinstance(task, Chat) else "completion"
         while True:
             body = self._body(task)
             told = False
             try:
-                async with aclosing(self._one_try(path, body, task, run)) as outputs:
-                    async for output in outputs:
-                        told = True
-                        yield output
+                with self._try(operation, run, tries, task.sampling) as one:
+                    async with aclosing(self._one_try(path, body, task, one)) as outputs:
+                        async for output in outputs:
+                            told = True
+                            yield output
                 return
             except InvalidRequest as error:
                 if told or not self._learn(error, body):
@@ -229,10 +238,10 @@ class OpenAIEngine(Engine):
                 await self._upstream.wait(again, tries, run.deadline, fail_fast=run.fail_fast)
 
     async def _one_try(
-        self, path: str, body: Mapping[str, Any], task: Chat | Completion, run: Run
+        self, path: str, body: Mapping[str, Any], task: Chat | Completion, one: Try
     ) -> AsyncGenerator[EngineOutput, None]:
         reader = AnswerReader(task, context_length=self._context_length)
-        async with aclosing(self._upstream.documents(path, body, headers=self._trace_headers(run))) as documents:
+        async with aclosing(self._upstream.documents(path, body, headers=one.headers)) as documents:
             try:
                 while not reader.has_last_usage:
                     async with asyncio.timeout(_USAGE_WAIT_S if reader.complete else None):
@@ -251,6 +260,7 @@ class OpenAIEngine(Engine):
                     raise
             if not reader.complete:
                 raise TryAgain(StreamCut(f"the provider's answer is not complete: {reader.missing()}"))
+            one.answered(reader.usage(), reader.upstream_model)
             yield Finished(
                 usage=reader.usage(),
                 upstream_model=reader.upstream_model,
@@ -306,8 +316,11 @@ class OpenAIEngine(Engine):
         name = self._model.lower().rpartition("/")[2]
         return "embedding" if any(sign in name for sign in _EMBEDDING_NAMES) else "chat"
 
-    def _trace_headers(self, run: Run) -> dict[str, str]:
-        return Trace(run.traceparent, run.tracestate).headers() if self.settings.trace_headers else {}
+    def _try(self, operation: str, run: Run, number: int, sampling: Sampling | None = None) -> Try:
+        return Try(
+            operation, self._model, run, preset=self._preset, base_url=self._upstream.endpoint.base_url,
+            number=number, pass_on=self.settings.trace_headers, sampling=sampling,
+        )  # fmt: skip
 
     async def _tick(self) -> None:
         while True:

@@ -98,7 +98,7 @@ class Upstream:
             UpstreamFailed: the provider cannot be reached, or refuses, in its own words.
         """
         if required:
-            return decode_models(await self.retried(lambda: self._whole("GET", "/models", None)))
+            return decode_models(await self.retried(lambda _: self._whole("GET", "/models", None)))
         response = self._response("GET", "/models", None)
         try:
             async with response as reader:
@@ -122,25 +122,18 @@ class Upstream:
         async with _Response(self._session, root, self.secrets, "GET", "/openapi.json", None) as reader:
             return await reader.rest(b"")
 
-    async def post(
-        self,
-        path: str,
-        body: Mapping[str, Any],
-        deadline: float = float("inf"),
-        *,
-        fail_fast: bool = False,
-        headers: Mapping[str, str] | None = None,
-    ) -> bytes:
-        """The whole answer to a body, retried; see ``wait``. ``headers`` are those of this call alone."""
-        return await self.retried(lambda: self._whole("POST", path, body, headers), deadline, fail_fast=fail_fast)
+    async def post(self, path: str, body: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> bytes:
+        """One try: the whole answer to a body; see ``retried``. Raises TryAgain, ModelBusError."""
+        return await self._whole("POST", path, body, headers)
 
     async def retried(
-        self, attempt: Callable[[], Awaitable[T]], deadline: float = float("inf"), *, fail_fast: bool = False
+        self, attempt: Callable[[int], Awaitable[T]], deadline: float = float("inf"), *, fail_fast: bool = False
     ) -> T:
+        """Tries until it works, or ``wait`` says that it is enough. The attempt hears how many tries were before it."""
         tries = 0
         while True:
             try:
-                return await attempt()
+                return await attempt(tries)
             except TryAgain as again:
                 tries += 1
                 await self.wait(again, tries, deadline, fail_fast=fail_fast)

@@ -45,7 +45,7 @@ async def _reads_calls(upstream: Upstream, model: str) -> bool:
         "tool_choice": "auto",
     }  # fmt: skip
     try:
-        await upstream.post("/chat/completions", body, fail_fast=True)
+        await upstream.retried(lambda _: upstream.post("/chat/completions", body), fail_fast=True)
     except InvalidRequest as error:
         return "tool" not in error.message.lower()
     except ModelBusError:
