@@ -23,7 +23,7 @@ PACKAGES = {
     "modelbus_gateway": ROOT / "gateway",
 }
 CONSTRAINTS = sorted((ROOT / "constraints").glob("*.txt"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def project() -> dict[str, Any]:
