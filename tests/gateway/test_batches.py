@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
+import msgspec
 import openai
 import pytest
 from modelbus_broker import names
@@ -224,6 +225,24 @@ async def test_a_batch_outlives_its_gateways_and_asks_nothing_twice(cluster: Clu
         while (runs := await outcomes(bus)).total() < 800:
             await asyncio.sleep(0.5)
     assert runs == {"done": 800}, "each row was run once"
+
+
+async def test_files_of_a_gateway_that_died_before_the_end_are_taken_away(
+    cluster: Cluster, bus: Bus, client: openai.AsyncOpenAI
+) -> None:
+    await cluster.deploy_echo("echo", delay_ms="1500")
+    lost = await client.files.create(file=("lost.jsonl", b"{}\n"), purpose="user_data")
+    begun = await begin(client, file_of([line("a", "text")]))
+    # As a gateway leaves it that is killed between the end of its output and that of the batch.
+    await BatchRecords(bus).change(
+        begun.id, lambda it: msgspec.structs.replace(it, written=[lost.id, "file-never-ended"])
+    )
+    batch = await over(client, begun.id)
+    assert batch.status == "completed"
+    async with asyncio.timeout(30):
+        while lost.id in {file.id async for file in client.files.list()}:
+            await asyncio.sleep(0.05)
+    assert [row["custom_id"] for row in await rows_of(client, batch.output_file_id)] == ["a"]
 
 
 async def test_the_page_is_right(cluster: Cluster, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,9 @@ class BatchRecord(Message, frozen=True, kw_only=True, tag="batch"):
     usage: Usage = Usage()
     output_file: str = ""
     error_file: str = ""
+    written: list[
+        str
+    ] = []  #: files that gateways have written for it; those that it does not name above are taken away
 
 
 class VectorStoreRecord(Message, frozen=True, kw_only=True, tag="vector_store"):

@@ -182,6 +182,8 @@ class BatchRunner:
             record = await self._validate(record)
         if record.status not in OVER:
             await _Run(self, record).run()
+            record = await self.records.get(batch_id)
+        await self._tidy(record)
         await self.records.close(batch_id)
 
     async def _validate(self, record: BatchRecord) -> BatchRecord:
@@ -201,6 +203,12 @@ class BatchRunner:
             return found if cancelled else entered(found, "in_progress")
 
         return await self.records.change(record.id, begin)
+
+    async def _tidy(self, record: BatchRecord) -> None:
+        """Takes away what gateways have written that did not come to end the batch."""
+        for file_id in set(record.written) - {record.output_file, record.error_file}:
+            with contextlib.suppress(NotFound):
+                await self.files.delete(await self.files.get(file_id))
 
     async def fail(self, record: BatchRecord, error: ModelBusError) -> BatchRecord:
         """Nothing can become of it."""
@@ -395,9 +403,14 @@ class _Run:
         await asyncio.gather(*map(one, jobs))
 
     async def _end(self) -> None:
-        await self._runner.records.change(
-            self._record.id, lambda it: it if it.status == "cancelling" else entered(it, "finalizing")
-        )
+        written = [upload.id for upload in self._uploads.values()]
+
+        def begin(found: BatchRecord) -> BatchRecord:
+            found = found if found.status == "cancelling" else entered(found, "finalizing")
+            return msgspec.structs.replace(found, written=[*found.written, *written])
+
+        if (await self._runner.records.change(self._record.id, begin)).status in OVER:
+            return  # another gateway has ended it
         output, errors = await self._file("output"), await self._file("errors")
 
         def end(found: BatchRecord) -> BatchRecord:
@@ -407,9 +420,7 @@ class _Run:
                 completed=self._completed, failed=self._failed, usage=summed(self._usages),
             )  # fmt: skip
 
-        record = await self._runner.records.change(self._record.id, end)
-        for file_id in {output, errors} - {record.output_file, record.error_file, ""}:
-            await self._runner.files.delete(await self._runner.files.get(file_id))  # another gateway has ended it
+        await self._runner.records.change(self._record.id, end)
 
     async def _file(self, what: str) -> str:
         """The id of the output or of the errors; "" if there are none."""
