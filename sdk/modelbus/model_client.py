@@ -284,6 +284,8 @@ def chat_task(messages: Messages, fields: Mapping[str, Any]) -> Chat:
     except msgspec.ValidationError as error:
         words, _, path = str(error).partition(" - at `$.")
         raise InvalidRequest(str(error), param=path.rstrip("`").removeprefix("sampling.")) from error
+    if task.sampling.seed is not None and not -(2**63) <= task.sampling.seed < 2**63:
+        raise InvalidRequest("seed must be an integer of 64 bits", param="seed")
     if not task.messages:
         raise InvalidRequest("the conversation is empty", param="messages")
     return task

@@ -196,6 +196,15 @@ async def test_documents_are_ranked_and_texts_classified(cluster: Cluster) -> No
     assert sum(classes.texts[0].probabilities.values()) == pytest.approx(1)
 
 
+async def test_a_seed_is_an_integer_of_64_bits(cluster: Cluster) -> None:
+    await cluster.deploy_echo()
+    async with modelbus.connect(cluster.server.url) as client:
+        for seed in (2**63, -(2**63) - 1, 2**70):
+            with pytest.raises(InvalidRequest, match="64 bits") as refused:
+                await client.chat("echo", "hi", seed=seed)
+            assert refused.value.param == "seed"
+
+
 @pytest.mark.parametrize(("options", "param"), [({"lane": "fast"}, "lane"), ({"budget_ms": -1}, "budget_ms")], ids=str)
 async def test_an_option_that_makes_no_sense_is_refused_by_its_name(
     cluster: Cluster, options: dict[str, Any], param: str

@@ -11,11 +11,12 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from math import inf, nan
 from typing import Any, cast
 
 import msgspec
 import pytest
-from modelbus_broker.errors import AdapterUnavailable, ContextLengthExceeded, UnsupportedField
+from modelbus_broker.errors import AdapterUnavailable, ContextLengthExceeded, InvalidRequest, UnsupportedField
 from modelbus_broker.messages import (
     Adapter,
     Chat,
@@ -352,6 +353,16 @@ async def check_a_field_that_the_engine_does_not_know_is_refused_by_its_name(eng
     assert (await ask(engine, msgspec.structs.replace(task, extra={"temprature": None}))).reasons == {0: "length"}
 
 
+async def check_sampling_that_cannot_be_is_refused(engine: Engine) -> None:
+    if "chat" not in engine.capabilities().tasks:
+        return
+    for fields in ({"n": 0}, {"n": 129}, {"max_tokens": -1}, {"min_tokens": 3}, {"logprobs": -1}, {"temperature": nan},
+                   {"top_p": inf}, {"presence_penalty": -inf}, {"logit_bias": {"5": nan}}):  # fmt: skip
+        with pytest.raises(InvalidRequest) as refused:
+            await ask(engine, chat(QUESTION, **{"max_tokens": 2, **fields}))
+        assert refused.value.param == next(iter(fields))
+
+
 async def check_an_adapter_is_refused_where_there_are_none(engine: Engine) -> None:
     capabilities = engine.capabilities()
     if "chat" not in capabilities.tasks or capabilities.adapters:
@@ -404,6 +415,7 @@ CHECKS: list[Check] = [
     check_each_text_has_its_probabilities,
     check_what_does_not_fit_is_refused_with_the_numbers,
     check_a_field_that_the_engine_does_not_know_is_refused_by_its_name,
+    check_sampling_that_cannot_be_is_refused,
     check_an_adapter_is_refused_where_there_are_none,
     check_an_adapter_that_is_not_here_is_told_of_with_the_host,
     check_an_answer_cut_anywhere_goes_on,

@@ -41,6 +41,7 @@ from modelbus_broker.messages import (
 from modelbus_broker.settings import BusSettings
 
 from .adapters import AdapterReader
+from .limits import check_sampling
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,11 +211,14 @@ class Engine(ABC):
         """The answer to any task, by the method of its kind. An adapter that it names is checked first.
 
         Raises:
+            InvalidRequest: a sampling field has a value that it cannot have.
             UnsupportedField: the request names an adapter and the engine takes none.
             UnsupportedHere: the request has a field that is not among the engine's ``extra_fields``.
         """
         if not isinstance(task, (Embedding, Decision, Storage)) and task.extra:
             self._check_extra(task.extra)
+        if isinstance(task, (Chat, Completion)):
+            check_sampling(task.sampling)
         if run.adapter is None:
             return self._by_kind(task, run)
         if not self.capabilities().adapters:

@@ -63,7 +63,7 @@ def make_plan(sampling: Sampling, loaded: TextModel) -> Plan:
         stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else loaded.eos),
         logprobs=sampling.logprobs,
     )
-    _check(plan, sampling, temperature)
+    _check(plan, temperature)
     return plan
 
 
@@ -80,20 +80,12 @@ def _bias(sampling: Sampling, vocabulary: int) -> dict[int, float]:
     return biases
 
 
-def _check(plan: Plan, sampling: Sampling, temperature: float) -> None:
+def _check(plan: Plan, temperature: float) -> None:
     refused = [
-        ("n", sampling.n < 1, "must be at least 1"),
         ("temperature", temperature < 0, "must not be negative"),
         ("top_p", not 0 < plan.top_p <= 1, "must be above 0 and at most 1"),
         ("min_p", not 0 <= plan.min_p <= 1, "must be in 0 to 1"),
         ("repetition_penalty", plan.repetition_penalty <= 0, "must be above 0"),
-        ("max_tokens", sampling.max_tokens is not None and sampling.max_tokens < 0, "must not be negative"),
-        ("logprobs", plan.logprobs is not None and plan.logprobs < 0, "must not be negative"),
-        (
-            "min_tokens",
-            plan.min_tokens < 0 or (sampling.max_tokens is not None and plan.min_tokens > sampling.max_tokens),
-            "must be in 0 to max_tokens",
-        ),
     ]
     for name, wrong, words in refused:
         if wrong:
