@@ -57,7 +57,7 @@ class _Understanding:
         if origin in (typing.Required, typing.NotRequired, typing.Final) or str(origin) == "typing.ReadOnly":
             return self.node(args[0])
         if origin is Literal:
-            return ChoiceNode({value: value for value in args})
+            return ChoiceNode([(value, value) for value in args])
         if origin in (Union, types.UnionType):
             return UnionNode([self.node(arg) for arg in args])
         if isinstance(annotation, type) and (scalar := SCALARS.get(annotation)) is not None:
@@ -88,7 +88,7 @@ class _Understanding:
         if annotation in self._classes:
             return self._classes[annotation]
         if issubclass(cls, enum.Enum):
-            return ChoiceNode({member.value: member for member in cls}, cls.__doc__ if own_doc(cls) else "")
+            return ChoiceNode([(member.value, member) for member in cls], cls.__doc__ if own_doc(cls) else "")
         if is_pydantic(cls):
             return PydanticNode(annotation)
         if issubclass(cls, msgspec.Struct):

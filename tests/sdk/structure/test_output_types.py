@@ -7,6 +7,7 @@ import datetime
 import decimal
 import enum
 import uuid
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Optional, TypedDict
 
 import msgspec
@@ -83,7 +84,10 @@ ANNOTATIONS: list[tuple[Any, str, Any]] = [
     (datetime.datetime, '"2025-01-31T14:30:00Z"', datetime.datetime(2025, 1, 31, 14, 30, tzinfo=datetime.UTC)),
     (decimal.Decimal, '"12.30"', decimal.Decimal("12.30")),
     (uuid.UUID, '"8c5f2d1e-4b3a-4c6d-9e7f-0a1b2c3d4e5f"', uuid.UUID("8c5f2d1e-4b3a-4c6d-9e7f-0a1b2c3d4e5f")),
+    (datetime.timedelta, '"PT1H30M"', datetime.timedelta(minutes=90)),
     (Literal["a", "b", 3], '"b"', "b"),
+    (Literal[1, True, "1"], "1", 1),
+    (Literal[1, True, "1"], "true", True),
     (Color, '"blue"', Color.BLUE),
     (Item, '{"name": "pen", "price": 2, "tags": ["x"]}', Item("pen", 2.0, ["x"])),
     (Tree, '{"label": "a", "children": [{"label": "b", "children": []}]}', Tree("a", [Tree("b", [])])),
@@ -110,7 +114,7 @@ ANNOTATIONS: list[tuple[Any, str, Any]] = [
 def test_every_annotation_has_a_schema_and_reads_what_fits_it(annotation: Any, text: str, value: Any) -> None:
     output = output_type(annotation)
 
-    assert output.parse(text) == value
+    assert output.parse(text) == value and type(output.parse(text)) is type(value)
     assert output.parse(f"Sure:\n```json\n{text}\n```") == value
     assert schema_reader(output.schema).problems(msgspec.json.decode(text)) == []
     assert output_type(annotation) is output, "it is understood once"
@@ -197,8 +201,13 @@ def test_validators_are_run_and_may_change_the_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "annotation", [object(), bytes, complex, print], ids=["object", "bytes", "complex", "function"]
-)
+    "annotation",
+    [
+        object(), bytes, complex, print, pydantic.create_model("Caller", call=(Callable[[], int], ...)),
+        msgspec.defstruct("Opaque", [("raw", msgspec.Raw, msgspec.Raw(b"1"))]),
+    ],
+    ids=["object", "bytes", "complex", "function", "pydantic", "struct"],
+)  # fmt: skip
 def test_types_that_json_cannot_become_are_refused(annotation: Any) -> None:
     with pytest.raises(InvalidRequest, match="an answer cannot become"):
         output_type(annotation)

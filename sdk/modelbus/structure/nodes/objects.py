@@ -78,9 +78,12 @@ class StructNode(Node):
         self._cls = cls
 
     def schema(self, defs: Definitions) -> Schema:
-        (own,), found = msgspec.json.schema_components(
-            [self._cls], schema_hook=_hooked_schema, ref_template="#/$defs/{name}"
-        )
+        try:
+            (own,), found = msgspec.json.schema_components(
+                [self._cls], schema_hook=_hooked_schema, ref_template="#/$defs/{name}"
+            )
+        except TypeError as error:
+            raise _no_schema(self._cls, error) from error
         _merge(defs, found)
         return own
 
@@ -122,10 +125,16 @@ class PydanticNode(Node):
     def __init__(self, cls: Any) -> None:
         from pydantic import TypeAdapter
 
+        self._cls = cls
         self._adapter: TypeAdapter[Any] = TypeAdapter(cls)
 
     def schema(self, defs: Definitions) -> Schema:
-        own = self._adapter.json_schema(ref_template="#/$defs/{model}")
+        from pydantic.errors import PydanticUserError
+
+        try:
+            own = self._adapter.json_schema(ref_template="#/$defs/{model}")
+        except PydanticUserError as error:  # it has a function among its fields, for instance
+            raise _no_schema(self._cls, error) from error
         _merge(defs, own.pop("$defs", {}))
         return own
 
@@ -148,6 +157,11 @@ def _pydantic_words(error: Any) -> Iterable[tuple[str, str]]:
         words = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         own = problem["type"] in ("value_error", "assertion_error")  # words of the user's validator
         yield place, words if own else words[:1].lower() + words[1:]
+
+
+def _no_schema(cls: Any, error: Exception) -> InvalidRequest:
+    name = getattr(cls, "__qualname__", repr(cls))
+    return InvalidRequest(f"an answer cannot become {name}: {str(error).splitlines()[0]}")
 
 
 def _merge(defs: Definitions, found: Mapping[str, Schema]) -> None:

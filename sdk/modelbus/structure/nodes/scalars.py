@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -94,6 +94,10 @@ def _from_text(convert: Callable[[str], Any]) -> Callable[[Any, bool], Any]:
     return converted
 
 
+def _duration(text: str) -> datetime.timedelta:
+    return msgspec.convert(text, datetime.timedelta)
+
+
 def _string(format: str) -> Schema:
     return {"type": "string", "format": format}
 
@@ -110,6 +114,7 @@ SCALARS: dict[type[Any], Node] = {
     ),
     datetime.date: ScalarNode("a date like 2025-01-31", _string("date"), _from_text(datetime.date.fromisoformat)),
     datetime.time: ScalarNode("a time like 14:30:00", _string("time"), _from_text(datetime.time.fromisoformat)),
+    datetime.timedelta: ScalarNode("a duration like PT1H30M", _string("duration"), _from_text(_duration)),
     uuid.UUID: ScalarNode("a UUID", _string("uuid"), _from_text(uuid.UUID)),
 }  # fmt: skip
 
@@ -125,32 +130,37 @@ class AnyNode(Node):
 
 
 class ChoiceNode(Node):
-    """One of some values: a Literal, or an Enum by its members' values."""
+    """One of some values: a Literal, or an Enum by its members' values.
 
-    def __init__(self, values: Mapping[Any, Any], doc: str | None = "") -> None:
-        self.values = dict(values)
+    Args:
+        choices: each value as it stands in JSON, with what it means. Not a dict: 1 and true are two values there.
+    """
+
+    def __init__(self, choices: Iterable[tuple[Any, Any]], doc: str | None = "") -> None:
+        self.choices = list(choices)
         self._doc = doc
 
     @property
     def texts(self) -> list[str]:
         """The values that are texts."""
-        return [value for value in self.values if isinstance(value, str)]
+        return [value for value, _ in self.choices if isinstance(value, str)]
 
     def schema(self, defs: Definitions) -> Schema:
-        values = list(self.values)
+        values = [value for value, _ in self.choices]
         described = {"description": self._doc.strip()} if self._doc else {}
         return {"const": values[0], **described} if len(values) == 1 else {"enum": values, **described}
 
     def read(self, data: Any, at: str, reading: Reading) -> Any:
-        for value, meant in self.values.items():
+        for value, meant in self.choices:
             if type(value) is type(data) and value == data:
                 return meant
         if not reading.strict:
             # Another case, blanks around it, a number as a text: one value only may be meant.
-            same = [v for v in self.values if str(v).strip().casefold() == str(data).strip().casefold()]
+            said = str(data).strip().casefold()
+            same = [meant for value, meant in self.choices if str(value).strip().casefold() == said]
             if len(same) == 1:
-                return self.values[same[0]]
-        options = ", ".join(_json(value) for value in self.values)
+                return same[0]
+        options = ", ".join(_json(value) for value, _ in self.choices)
         return reading.wrong(at, f"expected one of {options}, got {kind_of(data)}")
 
 
