@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
 import jsonschema
@@ -265,6 +266,14 @@ def stars(*args: int) -> None: ...
 def keywords(**kwargs: int) -> None: ...
 
 
+def items() -> Iterator[int]:
+    yield 1
+
+
+async def pieces() -> AsyncIterator[int]:
+    yield 1
+
+
 def unknown(x: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
@@ -274,11 +283,13 @@ def unknown(x: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
         (opaque, "parameter x.*Injected"),
         (stars, "name each parameter"),
         (keywords, "name each parameter"),
+        (items, "generator.*list"),
+        (pieces, "generator.*list"),
         (unknown, "means nothing here"),
         (lambda x: x, "no name for a tool"),
         (tool(positional), "a tool already"),
     ],
-    ids=["opaque", "stars", "keywords", "unknown", "lambda", "twice"],
+    ids=["opaque", "stars", "keywords", "items", "pieces", "unknown", "lambda", "twice"],
 )
 def test_what_cannot_be_told_to_a_model_is_an_error(function: Any, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):

@@ -182,13 +182,17 @@ class Tool(Generic[P, R]):
         """The parameters, with their annotations as types.
 
         Raises:
-            InvalidRequest: an annotation cannot be resolved, or a parameter takes any number of arguments.
+            InvalidRequest: an annotation cannot be resolved, a parameter takes any number of arguments, or it is a generator.
         """
         try:
             signature = inspect.signature(self.function)
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"tool {self.name}: its parameters cannot be read: {error}", param="tools") from None
         hinted = _hinted(self.function)
+        if inspect.isgeneratorfunction(hinted) or inspect.isasyncgenfunction(hinted):
+            raise InvalidRequest(
+                f"tool {self.name}: it is a generator; give a function that returns a list", param="tools"
+            )
         try:
             try:
                 hints = typing.get_type_hints(hinted, include_extras=True)
