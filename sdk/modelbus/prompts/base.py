@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar
 
@@ -84,6 +87,30 @@ class Prompt(Generic[P]):
 
     def __repr__(self) -> str:
         return f"<prompt function {self._declaration.name}>"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself, as of functions; a method goes with a copy of its object."""
+        if not self._owner:
+            return self
+        return type(self)(self._declaration, self._settings, copy.deepcopy(self._owner, memo))
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled by its name, as functions are."""
+        if not self._owner:
+            found: Any = sys.modules.get(self.__module__)
+            for name in self.__qualname__.split("."):
+                found = getattr(found, name, None)
+            if found is self:
+                return str(self.__qualname__)
+        elif getattr(getattr(self._owner[0], self.__name__, None), "_settings", None) is self._settings:
+            return getattr, (self._owner[0], self.__name__)
+        raise pickle.PicklingError(
+            f"{self!r} cannot be pickled: it does not stand in a module under its name (a copy made by with_... does not); "
+            "pickle one that does, and call with_... there"
+        )
 
     # What it asks
 

@@ -88,7 +88,16 @@ def prompt(
     Raises:
         PromptError: the function has no docstring or no return annotation, or one of them cannot be read.
     """
+    if inspect.isfunction(llm) and _is_prompt(llm):
+        raise PromptError(f"write @modelbus.prompt() above {llm.__qualname__}, with parentheses")
     return Decorator(Settings(llm=llm, model=model), tools, options or {}, fields)
+
+
+def _is_prompt(function: Callable[..., Any]) -> bool:
+    """Whether this is rather a prompt function than one that gives a model, which has one parameter and no template."""
+    return bool(function.__doc__) and (
+        "{{" in str(function.__doc__) or len(inspect.signature(function).parameters) != 1
+    )
 
 
 def context(**values: Any) -> T:  # type: ignore[type-var]  # it is what the caller says to return

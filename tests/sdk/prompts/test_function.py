@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,26 @@ def test_a_call_is_bound_as_python_binds_it() -> None:
 def test_it_looks_like_the_function_that_it_was_made_of() -> None:
     assert (hello.__name__, hello.__doc__) == ("hello", "Hello, I am {{ name }}, {{ times }} times.")
     assert repr(hello).endswith("test_function.hello>")
+
+
+def test_it_is_copied_and_pickled_as_functions_are() -> None:
+    assert copy.copy(hello) is hello and copy.deepcopy([hello])[0] is hello
+    assert pickle.loads(pickle.dumps(hello)) is hello
+    shop = Shop("tea")
+    for other in (copy.deepcopy(shop.offer), pickle.loads(pickle.dumps(shop.offer))):
+        assert other.prompt("cups") == "tea sells cups"
+    assert pickle.loads(pickle.dumps(Shop.offer)) is Shop.offer
+    for changed in (hello.with_options(temperature=1), shop.offer.with_options(temperature=1)):
+        with pytest.raises(pickle.PicklingError, match="call with_... there"):
+            pickle.dumps(changed)
+
+
+def test_a_decorator_without_parentheses_says_so() -> None:
+    with pytest.raises(PromptError, match=r"write @modelbus.prompt\(\) above .*greet"):
+
+        @modelbus.prompt
+        def greet(name: str) -> str:
+            """Hello {{ name }}"""
 
 
 def test_the_body_may_return_more_names_which_go_before_the_arguments() -> None:
