@@ -118,8 +118,10 @@ def make_request(
     """
     if options.lane not in _LANES:
         raise InvalidRequest(f"lane must be {' or '.join(_LANES)}, not {options.lane!r}", param="lane")
-    if options.budget_ms < 0:
-        raise InvalidRequest(f"budget_ms must not be negative: {options.budget_ms}", param="budget_ms")
+    if not isinstance(options.budget_ms, int) or options.budget_ms < 0:
+        raise InvalidRequest(f"budget_ms must be 0 or more milliseconds, not {options.budget_ms!r}", param="budget_ms")
+    if not isinstance(options.tenant, str):
+        raise InvalidRequest(f"tenant must be a text, not {options.tenant!r}", param="tenant")
     deployment = deployments[0]
     budget_ms = options.budget_ms
     if not budget_ms:
@@ -131,7 +133,7 @@ def make_request(
         budget_ms=budget_ms,
         max_crashes=deployment.max_crashes,
         lane=options.lane,
-        share=zlib.crc32(options.tenant.encode()) % deployment.shares if options.tenant else 0,
+        share=zlib.crc32(options.tenant.encode("utf-8", "surrogatepass")) % deployment.shares if options.tenant else 0,
         tenant=options.tenant,
         revision=options.revision,
         idempotency_key=options.idempotency_key,

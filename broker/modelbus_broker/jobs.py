@@ -159,7 +159,7 @@ class Jobs:
         model, options, deployments = self._publisher.resolved(model, options)
         await self._check_room(model, deployments, options)
         request = make_request(self._publisher.id, model, task, options, deployments)
-        payload = await packed(self._bus, request)
+        payload = await packed(self._bus, request, check=self._publisher.untyped)
         ack = await self._bus.js_publish(
             names.request_subject(model, options.lane, request.share),
             payload,

@@ -25,6 +25,7 @@ from .connection import Bus, Msg
 from .errors import (
     BusUnavailable,
     DeadlineExceeded,
+    InvalidRequest,
     ModelBusError,
     ModelNotFound,
     ModelUnavailable,
@@ -79,6 +80,7 @@ class Publisher:
         self.registry = registry
         self.settings = settings or PublisherSettings()
         self.id = names.new_publisher_id(kind)
+        self.untyped = kind == "sdk"  #: nobody has checked the types of what is published
         #: Messages per model token in the queues when last polled.
         self.depths: dict[str, int] = {}
         self.standstill = StandstillWatch(
@@ -175,6 +177,7 @@ class Publisher:
         When the queue does not take it, reading the call raises what ``submit`` would have raised.
 
         Raises:
+            InvalidRequest: see ``packed`` and ``make_request``.
             ModelNotFound, ModelUnavailable, QueueFull: as ``submit``, as far as it is known here.
         """
         name = model
@@ -217,6 +220,8 @@ class Publisher:
 
     def resolved(self, name: str, options: CallOptions) -> tuple[str, CallOptions, Sequence[Deployment]]:
         """The model of a name, what is asked of it, and its deployments."""
+        if not isinstance(name, str):
+            raise InvalidRequest(f"a model is named by a text, not by {type(name).__name__}", param="model")
         model, record = target = resolve(self.registry, name)
         if record is not None:
             options = msgspec.structs.replace(options, adapter=target.adapter)
@@ -258,7 +263,7 @@ class Publisher:
         self, call: Call, subject: str, end: RunEnd | None = None, replaces: Accepted | None = None
     ) -> None:
         """Sends the call's attempt to its queue; ``end`` is that of the run which it follows."""
-        payload = await packed(self.bus, call.attempt)
+        payload = await packed(self.bus, call.attempt, check=self.untyped)
         answered = partial(self._on_stored, call, end)
         call.publication = self.storing.store(call.attempt, subject, payload, answered, replaces)
 

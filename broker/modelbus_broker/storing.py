@@ -17,8 +17,8 @@ import msgspec
 from . import names
 from .blobs import INLINE_LIMIT, put_blob
 from .connection import Bus, JetStreamError, Msg, NoResponders, parse_puback
-from .errors import BusUnavailable, ModelBusError, QueueFull
-from .messages import Accepted, Request, encode
+from .errors import BusUnavailable, InvalidRequest, ModelBusError, QueueFull
+from .messages import Accepted, Request, decode_request, encode
 from .standstill import STUCK_S
 
 #: Without an answer for so long a request is sent again.
@@ -206,17 +206,38 @@ class Storing:
             publication.gone.set_result(None)
 
 
-async def packed(bus: Bus, request: Request) -> bytes:
+async def packed(bus: Bus, request: Request, *, check: bool = False) -> bytes:
     """A request as it travels: what is too large for a message goes to the blob store, the message refers to it.
 
+    Args:
+        check: refuse what no worker could read. For callers whose types nobody has checked: the worker would have to
+            bury the message as poison.
+
     Raises:
+        InvalidRequest: something in it cannot be sent, or has the wrong type; ``param`` names it.
         ModelBusError: the blob store does not take it.
     """
-    payload = encode(request)
+    try:
+        payload = encode(request)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # ValueError: text that is no Unicode, too
+        raise InvalidRequest(f"the request cannot be sent: {error}") from error
+    if check:
+        try:
+            decode_request(payload)
+        except msgspec.ValidationError as error:
+            raise _misfit(error) from error
     if len(payload) <= INLINE_LIMIT:
         return payload
     blob = await put_blob(bus, f"{request.id}.{request.attempt}", encode(request.task))
     return encode(msgspec.structs.replace(request, task=None, blob=blob))
+
+
+def _misfit(error: msgspec.ValidationError) -> InvalidRequest:
+    words, _, path = str(error).partition(" - at `$.")
+    place = path.rstrip("`")
+    for part in ("task.", "operation.", "sampling."):
+        place = place.removeprefix(part)
+    return InvalidRequest(f"{place}: {words[:1].lower()}{words[1:]}", param=place)
 
 
 async def remove_message(bus: Bus, stream: str, seq: int) -> None:

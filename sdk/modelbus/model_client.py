@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from modelbus_broker.asking import CallOptions
@@ -41,6 +41,8 @@ from .tracing import Asking
 
 if TYPE_CHECKING:
     from .structure.profiles import Profile
+
+T = TypeVar("T")
 
 #: A conversation: one user's text, typed messages, or mappings in the form of the OpenAI API.
 Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
@@ -130,10 +132,8 @@ class ModelClient(ABC):
         Raises:
             ModelBusError: one of its subclasses, see ``modelbus.errors``.
         """
-        inputs: list[str | list[int]] = [texts] if isinstance(texts, str) else list(texts)
-        if not inputs:
-            raise InvalidRequest("there is no text to embed", param="input")
-        call = EmbeddingCall(model=model, task=Embedding(input=inputs, dimensions=dimensions), options=plain(options))
+        task = Embedding(input=_inputs(texts, "embed"), dimensions=dimensions)
+        call = EmbeddingCall(model=model, task=task, options=plain(options))
         return await around(call, self._embed, EmbeddingAnswer)
 
     async def _embed(self, asked: EmbeddingCall) -> EmbeddingAnswer:
@@ -163,11 +163,12 @@ class ModelClient(ABC):
         Raises:
             ModelBusError: one of its subclasses, see ``modelbus.errors``.
         """
-        if not documents:
+        texts = _listed(documents, "documents")
+        if not texts:
             raise InvalidRequest("there is no document to rank", param="documents")
         if top_n is not None and top_n < 1:
             raise InvalidRequest(f"top_n must be at least 1, not {top_n}", param="top_n")
-        task = Score(queries=[query], documents=list(documents))
+        task = Score(queries=[query], documents=texts)
         call = ScoreCall(model=model, task=task, options=plain(options))
         ranking = await around(call, self._rank, Ranking)
         return ranking if top_n is None else msgspec.structs.replace(ranking, documents=ranking.documents[:top_n])
@@ -182,7 +183,10 @@ class ModelClient(ABC):
         """
         if not pairs:
             raise InvalidRequest("there is no pair to score", param="pairs")
-        queries, documents = zip(*pairs, strict=True)
+        try:
+            queries, documents = zip(*pairs, strict=True)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("each pair is a query and a document", param="pairs") from error
         call = ScoreCall(
             model=model, task=Score(queries=list(queries), documents=list(documents)), options=plain(options)
         )
@@ -204,10 +208,8 @@ class ModelClient(ABC):
         Raises:
             ModelBusError: one of its subclasses, see ``modelbus.errors``.
         """
-        inputs: list[str | list[int]] = [texts] if isinstance(texts, str) else list(texts)
-        if not inputs:
-            raise InvalidRequest("there is no text to classify", param="input")
-        call = ClassificationCall(model=model, task=Classification(input=inputs), options=plain(options))
+        task = Classification(input=_inputs(texts, "classify"))
+        call = ClassificationCall(model=model, task=task, options=plain(options))
         return await around(call, self._classify, ClassificationAnswer)
 
     async def _classify(self, asked: ClassificationCall) -> ClassificationAnswer:
@@ -306,4 +308,29 @@ _CHAT_FIELDS = frozenset(Chat.__struct_fields__) - {"messages", "sampling"}
 def _plain_messages(messages: Messages) -> list[Any]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
-    return [msgspec.to_builtins(item) if isinstance(item, ChatMessage) else dict(item) for item in messages]
+    found: list[Any] = []
+    for item in _listed(messages, "messages"):
+        if isinstance(item, ChatMessage):
+            found.append(msgspec.to_builtins(item))
+        elif isinstance(item, Mapping):
+            found.append(dict(item))
+        else:
+            raise InvalidRequest(
+                f"a message is a ChatMessage or a mapping like {{'role': 'user', 'content': 'Hello'}}, not {str(item)[:60]!r}",
+                param="messages",
+            )
+    return found
+
+
+def _inputs(texts: str | Iterable[str], what: str) -> list[str | list[int]]:
+    found: list[Any] = [texts] if isinstance(texts, str) else _listed(texts, "input")
+    if not found:
+        raise InvalidRequest(f"there is no text to {what}", param="input")
+    return found
+
+
+def _listed(given: Iterable[T], param: str) -> list[T]:
+    """Anything that is several of something."""
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
+        return list(given)
+    raise InvalidRequest(f"{param} must be a list, not {str(given)[:60]!r}", param=param)

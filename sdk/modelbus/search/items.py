@@ -51,6 +51,11 @@ def chunk_of(item: Item) -> Chunk:
     if isinstance(item, Chunk):
         chunk = item
     else:
+        if not isinstance(item, Mapping):
+            raise InvalidRequest(
+                f"a chunk is a Chunk or a mapping like {{'id': 'a', 'text': '...'}}, not {str(item)[:60]!r}",
+                param="items",
+            )
         unknown = sorted(item.keys() - set(Chunk.__struct_fields__))
         if unknown:
             raise InvalidRequest(
@@ -73,7 +78,9 @@ def chunk_of(item: Item) -> Chunk:
 
 
 def must_be_unicode(text: str, what: str, param: str) -> None:
-    """Raises: InvalidRequest: half a surrogate pair is in it, which no message can carry."""
+    """Raises: InvalidRequest: it is no text, or half a surrogate pair is in it, which no message can carry."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{what} is a text, not {str(text)[:60]!r}", param=param)
     try:
         text.encode()
     except UnicodeEncodeError as error:

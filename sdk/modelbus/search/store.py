@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 from modelbus_broker.asking import CallOptions
@@ -126,6 +126,8 @@ class AsyncStore:
 
     def namespace(self, name: str) -> AsyncStore:
         """A store of its own with the same settings, ``<store>:<name>``: a user's, a project's."""
+        if not name:
+            raise InvalidRequest("a namespace has a name", param="name")
         other = AsyncStore(f"{self.name}:{name}", client=self._client, service=self.service, timeout_s=self.timeout_s)
         other._wanted = msgspec.structs.replace(self._wanted, name=other.name)
         return other
@@ -296,6 +298,8 @@ class AsyncStore:
             ModelNotFound: there is no such rerank or embedding model, or no such service.
         """
         must_be_unicode(query, "the query", "query")
+        if mode is not None and mode not in get_args(Mode):
+            raise InvalidRequest(f"mode is {', '.join(get_args(Mode))}, or None, not {mode!r}", param="mode")
         record = await self._known()
         embeds = record.embedding_model and query and mode != "text" and vector is None
         if mode == "vector" and vector is None and not embeds:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,20 @@ async def test_what_does_not_fit_is_refused_with_what_to_do(client: modelbus.Cli
         await modelbus.AsyncStore("z", client=client, embedding_model="emb").upsert({"text": "x"})
     with pytest.raises(InvalidRequest, match="the query is no Unicode text"):
         await store.search("\ud800")
+    wrong: list[tuple[Callable[[], Coroutine[Any, Any, Any]], str]] = [
+        (lambda: store.upsert("a text"), "a chunk is a Chunk or a mapping"),  # type: ignore[arg-type]
+        (lambda: store.upsert({"text": "x", "attributes": {"year": 2**70}}), "cannot be sent"),
+        (lambda: store.search(5), "the query is a text, not '5'"),  # type: ignore[arg-type]
+        (lambda: store.search("x", mode="magic"), "mode is hybrid, text, vector"),  # type: ignore[arg-type]
+        (lambda: store.find(limit="3"), "limit: expected `int`, got `str`"),  # type: ignore[arg-type]
+        (lambda: store.find(offset=-1), "offset must not be negative"),
+        (lambda: modelbus.AsyncStore("s", client=client, schema={"year": "date"}).create(), "schema.*'date'"),  # type: ignore[dict-item]
+    ]
+    for ask, words in wrong:
+        with pytest.raises(InvalidRequest, match=words):
+            await ask()
+    with pytest.raises(InvalidRequest, match="a namespace has a name"):
+        store.namespace("")
     with pytest.raises(InvalidRequest, match="no search service"):
         await modelbus.AsyncStore("x", client=client, service="emb").status()
 

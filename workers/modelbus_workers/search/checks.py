@@ -175,7 +175,9 @@ def check_search(search: Search) -> None:
         raise InvalidRequest("no store is named", param="stores")
     if not 1 <= search.limit <= MAX_LIMIT:
         raise InvalidRequest(f"limit is 1 to {MAX_LIMIT}, not {search.limit}", param="limit")
-    if not 0 <= search.offset <= 10_000 - search.limit:
+    if search.offset < 0:
+        raise InvalidRequest(f"offset must not be negative: {search.offset}", param="offset")
+    if search.offset > 10_000 - search.limit:
         raise InvalidRequest(
             f"offset and limit together are at most 10000, not {search.offset + search.limit}", param="offset"
         )
