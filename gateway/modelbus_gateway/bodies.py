@@ -54,9 +54,8 @@ def _with_indices(value: Any, kind: type[Any], words: str, path: str) -> str:
     *steps, last = path.split("[...]")
     for step in steps:
         found += step
-        for name in step.split("."):
-            if name:
-                parent = parent[name]
+        for index, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", step):
+            parent = parent[name or int(index)]
         keys: Iterable[Any] = list(parent) if isinstance(parent, dict) else range(len(parent))
         whole = parent.copy()
         for key in keys:

@@ -214,6 +214,16 @@ async def test_what_cannot_be_meant_is_refused_by_name(stand: Stand) -> None:
     await refused(stores.files.create(made.id, file_id=picture), bad, "file_id", "assistants")
     await refused(stores.create(extra_body={"embedding_model": "nobody"}), bad, "embedding_model")
     await refused(stores.files.create(made.id, file_id=text, attributes={"mb:x": 1}), bad, "attributes")
+    odd: list[dict[str, Any]] = [{"n": 2**70}, {"n": 2**53 + 1}, {"a.b": 1}, {" a": 1}, {"a": "\0"}]
+    for attributes in odd:
+        await refused(stores.files.create(made.id, file_id=text, attributes=attributes), bad, "attributes")
+    for wrong, param in (
+        (None, "chunks[1].attributes.a"),
+        ([1], "chunks[1].attributes.a"),
+        ("\0", "chunks[1].attributes"),
+    ):
+        chunks = [{"text": "x", "attributes": {"a": 1}}, {"text": "x", "attributes": {"b": 1, "a": wrong}}]
+        await refused(stand.raw(f"/vector_stores/{made.id}/chunks", {"chunks": chunks}), bad, param)
     await refused(stores.create(metadata={str(n): "" for n in range(17)}), bad, "metadata")
     await refused(stores.create(expires_after={"anchor": "last_active_at", "days": 0}), bad, "expires_after.days")
     await refused(

@@ -171,7 +171,7 @@ async def upsert_chunks(request: web.Request) -> web.Response:
         {
             "id": chunk.id, "text": chunk.text, "vector": chunk.vector or b"", "file_id": chunk.file_id,
             "ordinal": chunk.ordinal, "title": chunk.heading,
-            "attributes": types.checked(f"chunks[{at}].attributes", chunk.attributes),
+            "attributes": types.attributes_of(f"chunks[{at}].attributes", chunk.attributes),
         }
         for at, chunk in enumerate(asked.chunks)
     ]  # fmt: skip

@@ -28,6 +28,7 @@ from .types import (
     Attributes,
     BatchRequest,
     CreateRequest,
+    attributes_of,
     batch_files,
     checked,
     chunking_of,
@@ -181,7 +182,7 @@ class VectorStores:
             found.append(
                 VectorStoreFileRecord(
                     store="", file=file.id, filename=file.filename, created_ms=now_ms(), revision=random_token(16),
-                    attributes=checked("attributes", one.attributes), chunking=chunking_of(one.chunking_strategy),
+                    attributes=attributes_of("attributes", one.attributes), chunking=chunking_of(one.chunking_strategy),
                 )
             )  # fmt: skip
         return found
@@ -219,7 +220,7 @@ class VectorStores:
         self, store: VectorStoreRecord, file_id: str, given: Attributes | None
     ) -> VectorStoreFileRecord:
         """Of a file and of its chunks. One that is being indexed gets them with its chunks."""
-        attributes = checked("attributes", given)
+        attributes = attributes_of("attributes", given)
         record = await self.records.change_file(
             store.id, file_id, lambda it: msgspec.structs.replace(it, attributes=attributes)
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
 import msgspec
+from modelbus_broker.attributes import name_problem, value_problem
 from modelbus_broker.errors import InvalidRequest
 from modelbus_broker.messages.files import (
     FileBatchRecord,
@@ -296,6 +297,15 @@ def chunking_of(strategy: ChunkingStrategy | None) -> StaticChunking | None:
 def checked(param: str, given: Mapping[str, V] | None) -> dict[str, V]:
     """Metadata or attributes within OpenAI's bounds. Raises InvalidRequest."""
     return pairs(param, given, reserved=("$", OURS))
+
+
+def attributes_of(param: str, given: Mapping[str, V] | None) -> dict[str, V]:
+    """The same for what chunks get as attributes, which a search service has to take."""
+    found = checked(param, given)
+    for key, value in found.items():
+        if problem := name_problem(key) or value_problem(key, value):
+            raise InvalidRequest(f"Invalid '{param}': {problem}.", param=param)
+    return found
 
 
 def batch_files(asked: BatchRequest) -> list[AttachRequest]:

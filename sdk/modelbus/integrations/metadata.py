@@ -7,13 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from modelbus_broker.attributes import MAX_STRING_CHARS, name_problem, value_problem
 from modelbus_broker.messages.search import Value
 
-#: Limits of an attribute, as ``docs/search.md`` lists them.
-MAX_NAME_CHARS, MAX_STRING_CHARS, MAX_INTEGER = 64, 4096, 2**53
 #: What is not an attribute stands in ``json-0``, ``json-1``, ...
 _PART = re.compile(r"json-\d+")
-_BAD_IN_NAME = re.compile(r'["\\.*$\x00-\x1f\x7f]')
 
 
 def attributes_of(metadata: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> dict[str, Value]:
@@ -44,10 +42,6 @@ def metadata_of(attributes: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _fits(name: str, value: Any) -> bool:
-    if not name or len(name) > MAX_NAME_CHARS or _BAD_IN_NAME.search(name) or _PART.fullmatch(name):
+    if name_problem(name) or _PART.fullmatch(name):
         return False
-    if isinstance(value, str):
-        return len(value) <= MAX_STRING_CHARS and "\0" not in value
-    if isinstance(value, bool | float):
-        return value == value and abs(value) != float("inf")
-    return isinstance(value, int) and abs(value) <= MAX_INTEGER
+    return isinstance(value, str | bool | int | float) and not value_problem(name, value)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import msgspec
+from modelbus_broker.attributes import name_problem, value_problem
 from modelbus_broker.errors import InvalidRequest
 from modelbus_broker.messages.search import Chunk, Filter, Fusion, Search, Sort, StoreRecord, Value, ValueKind
 
@@ -14,20 +15,15 @@ from modelbus_broker.messages.search import Chunk, Filter, Fusion, Search, Sort,
 MAX_TEXT_BYTES = 1 << 20
 MAX_CHUNKS = 10_000  #: of one upsert
 MAX_ATTRIBUTES = 64
-MAX_NAME_CHARS = 64
-MAX_STRING_CHARS = 4096
 MAX_ID_BYTES = 500  #: Elasticsearch takes 512
 MAX_LIMIT = 1000
 MAX_DIMENSIONS = 4096
-#: Integers beyond this are not exact as doubles, which is what filters compare.
-_MAX_INTEGER = 2**53
 _MAX_DEPTH, _MAX_CONDITIONS, _MAX_VALUES = 16, 256, 10_000
 
 #: Keys of filters and sorts that are no attributes, and the kind of their values.
 BUILT_IN: dict[str, ValueKind] = {"$id": "string", "$file_id": "string", "$ordinal": "number"}
 
 _STORE_NAME = re.compile(r"[^\s/\\\x00-\x1f\x7f](?:[^/\\\x00-\x1f\x7f]{0,118}[^\s/\\\x00-\x1f\x7f])?")
-_BAD_IN_KEY = re.compile(r'["\\.*\x00-\x1f\x7f]')
 
 
 def kind_of(value: Value) -> ValueKind:
@@ -264,20 +260,10 @@ def _check_filter_key(key: str, param: str) -> None:
 
 
 def _check_key(key: str, param: str) -> None:
-    if not key or len(key) > MAX_NAME_CHARS or key.startswith("$") or _BAD_IN_KEY.search(key) or key != key.strip():
-        raise InvalidRequest(
-            f"{key!r} is no name for an attribute: 1 to {MAX_NAME_CHARS} characters, no dots, stars, quotes, backslashes "
-            "or control characters, no $ at the beginning, no blanks around it",
-            param=param,
-        )
+    if problem := name_problem(key):
+        raise InvalidRequest(problem, param=param)
 
 
 def _check_value(key: str, value: Value) -> None:
-    if isinstance(value, str):
-        if "\0" in value or len(value) > MAX_STRING_CHARS:
-            raise InvalidRequest(
-                f"{key!r} has a NUL byte or more than {MAX_STRING_CHARS} characters: what is searched belongs into the text",
-                param=key,
-            )
-    elif isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) > _MAX_INTEGER:
-        raise InvalidRequest(f"{key!r} is {value}: numbers are finite, integers at most 2**53", param=key)
+    if problem := value_problem(key, value):
+        raise InvalidRequest(problem, param=key)
