@@ -340,7 +340,7 @@ async def test_what_cannot_be_done_is_refused_by_name_before_any_token(
     steps = engine.steps
 
     with pytest.raises(error) as caught:
-        await read(engine.chat(task, run()) if isinstance(task, Chat) else engine.completion(task, run()))
+        await read(engine.answer(task, run()))
 
     assert caught.value.param == param
     assert engine.steps == steps
