@@ -87,6 +87,7 @@ class Hearing:
         stop: list[str] = []
         confirmed: list[str] = []
         let_go: list[str] = []
+        answered: list[Answered] = []
         listed: set[str] = set()
         for state in alive.runs:
             listed.add(state.id)
@@ -102,7 +103,7 @@ class Hearing:
                 elif state.state == "ended":
                     confirmed.append(key)
                 elif isinstance(answer := self.unwanted(state.id, state.run), Answered):
-                    self._publisher.tell(alive.worker, answer)
+                    answered.append(answer)
                 else:
                     stop.append(key)
             elif call.reception.run in ("", state.run):
@@ -126,7 +127,7 @@ class Hearing:
                 call.missing += 1
                 if call.missing >= 2 and now - call.last_alive > ALIVE_S:
                     self._publisher.following.lost(call, "its worker no longer has it")
-        return AliveReply(stop=stop, confirmed=confirmed, let_go=let_go)
+        return AliveReply(stop=stop, confirmed=confirmed, let_go=let_go, answered=answered)
 
     def _counts(self, request_id: str, run: str) -> bool:
         """No other run of the request is known to have counted."""

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -124,6 +125,32 @@ async def test_a_message_that_comes_again_while_its_answer_is_stored_goes_after_
     await ledger.close(timeout_s=60)
     assert not ledger.waiting and not ledger.delivered_again(key, message.ack_subject)
     assert [e.id for e in await usage_events(bus)] == ["g-1-0"]
+    assert await left(bus) == 0
+
+
+async def test_a_message_that_comes_again_while_its_publisher_is_asked_goes_by_its_new_name(bus: Bus) -> None:
+    await declare_model(bus, "m")
+    (message,) = await pulled(bus, 1)
+    ledger, asked, later = Ledger(bus), asyncio.Event(), asyncio.Event()
+
+    async def ask(publisher: str) -> Literal["gone"]:
+        return "gone"
+
+    async def booked_later(entries: object) -> set[str]:
+        asked.set()
+        await later.wait()
+        return set()
+
+    ledger.ask, ledger._booked_later = ask, booked_later  # type: ignore[method-assign]  # held up in its middle
+    ledger.start()
+    ledger.book(event(0), message.ack_subject, publisher="g", since=time.monotonic() - 60)
+    await asked.wait()
+    await bus.publish(message.ack_subject, b"-NAK")
+    (message,) = await pulled(bus, 1, new=False)
+    assert ledger.delivered_again(names.run_key(event(0).id, event(0).run), message.ack_subject)
+    later.set()
+    await ledger.close(timeout_s=60)
+    assert not ledger.waiting
     assert await left(bus) == 0
 
 

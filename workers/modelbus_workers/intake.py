@@ -342,14 +342,15 @@ class Intake:
     def disown(self, run_key: str) -> None:
         """Another run counts in place of one that has ended here: its message, should it come again, is not done."""
         self.ledger.disown(run_key)
-        for message_id, run in self._ended.items():
-            if run_key == names.run_key(message_id.rpartition(".")[0], run):
-                del self._ended[message_id]
-                return
+        request_id, _, run = run_key.rpartition("/")
+        message_id = names.message_id(request_id, names.parse_run(run)[0])
+        if self._ended.get(message_id) == run:
+            del self._ended[message_id]
 
-    def answered_elsewhere(self, execution: Execution, answered: Answered) -> None:
+    def answered_elsewhere(self, answered: Answered) -> None:
         """Lets go of a run whose request was answered by a worker that, mostly, died before it could book that."""
-        if execution.state != "ended" and execution.counts:
+        execution = self.executions.get(names.run_key(answered.id, answered.run))
+        if execution is not None and execution.counts:
             execution.let_go()
             self._spawn(self._book_in_place(execution, answered))
 

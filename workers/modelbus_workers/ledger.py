@@ -280,11 +280,11 @@ class Ledger:
         log.info("publisher %s: %s; booking what waited for that", publisher, found)
         entries = {key: entry for key, entry in self._doubtful.items() if entry.publisher == publisher}
         later = await self._booked_later(entries) if found == "gone" else set()
-        for key, entry in entries.items():
+        for key in entries:
             if key in later:
                 self.disown(key)
-            elif self._doubtful.pop(key, None) is not None:
-                self.book(entry.event, entry.ack_subject, first=entry.first)
+            elif (still := self._doubtful.pop(key, None)) is not None:  # as it is now: it may have been delivered again
+                self.book(still.event, still.ack_subject, first=still.first)
 
     async def _booked_later(self, entries: Mapping[str, Entry]) -> set[str]:
         """Of these runs, by run key, those whose request has been answered by a later run since."""

@@ -127,6 +127,8 @@ class Liveness:
             execution = self._worker.executions.get(key)
             if execution is not None:
                 execution.stop("nobody waits for it")
+        for answered in reply.answered:
+            self._worker.intake.answered_elsewhere(answered)
         for key in reply.let_go:
             execution = self._worker.executions.get(key)
             if execution is not None:

@@ -317,8 +317,7 @@ class Worker:
                 for execution in self._executions_of(request_id, run):
                     execution.let_go()
             case Answered():
-                for execution in self._executions_of(message.id, message.run):
-                    self.intake.answered_elsewhere(execution, message)
+                self.intake.answered_elsewhere(message)
             case Resend(id=request_id, run=run, seq=seq):
                 self.outbox.resend(request_id, run, seq)
             case Adopt():

@@ -13,7 +13,7 @@ import msgspec
 
 from .base import Message, Row
 from .usage import Usage
-from .worker import Adopt, Request
+from .worker import Adopt, Answered, Request
 
 FinishReason = Literal["", "stop", "length", "tool_calls", "content_filter", "function_call"]
 
@@ -195,6 +195,7 @@ class AliveReply(Message, frozen=True, kw_only=True, tag="alive_reply"):
     stop: list[str] = []  #: keys (``names.run_key``) of runs that nobody wants
     confirmed: list[str] = []  #: keys of runs whose last frame has come: the ring may forget them
     let_go: list[str] = []  #: keys of runs in whose place another one counts: no frame, no ack, their usage is waste
+    answered: list[Answered] = []  #: runs of requests that another run has answered
 
 
 class FindRun(Message, frozen=True, kw_only=True, tag="find"):

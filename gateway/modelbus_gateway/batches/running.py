@@ -207,8 +207,14 @@ class BatchRunner:
     async def _tidy(self, record: BatchRecord) -> None:
         """Takes away what gateways have written that did not come to end the batch."""
         for file_id in set(record.written) - {record.output_file, record.error_file}:
-            with contextlib.suppress(NotFound):
+            try:
                 await self.files.delete(await self.files.get(file_id))
+            except NotFound:
+                continue  # it was never ended, or is gone already
+            except BusUnavailable:
+                raise
+            except ModelBusError as error:  # where it lies nobody answers
+                log.warning("file %s of %s stays until it expires: %s", file_id, record.id, error.message)
 
     async def fail(self, record: BatchRecord, error: ModelBusError) -> BatchRecord:
         """Nothing can become of it."""
