@@ -18,7 +18,6 @@ import msgspec
 
 from . import names
 from .blobs import get_blob
-from .buckets import Bucket
 from .calls import Call
 from .connection import Msg, NoResponders
 from .errors import (
@@ -51,6 +50,7 @@ from .messages import (
 from .publisher import Publisher
 from .pulling import parse_ack_subject
 from .reading import read_batch
+from .starts import Starts
 
 log = logging.getLogger(__name__)
 
@@ -553,9 +553,7 @@ class _Pursuit:
 
     async def _next_attempt(self, request: Request) -> Request:
         """From the start, by any worker; that the earlier one may have ended its worker is not forgotten."""
-        runs = Bucket(self._bus, names.BUCKET_RUNS)
-        entry = await runs.get(names.message_id(request.id, request.attempt))
-        crashes = request.crashes + (int(entry.value) if entry is not None and not entry.deleted else 0)
+        crashes = request.crashes + await Starts(self._bus).read(request.id, request.attempt)
         end = RunEnd(worker="", why="")
         left_ms = int((self._until - asyncio.get_running_loop().time()) * 1000)
         decision = next_attempt(

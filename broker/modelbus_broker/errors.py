@@ -43,6 +43,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import msgspec
+
 from .messages.publisher import Failed
 from .messages.usage import Usage
 
@@ -346,3 +348,13 @@ def error_of(failed: Failed) -> ModelBusError:
         upstream=failed.upstream,
         status=failed.status,
     )
+
+
+def misfit(error: msgspec.ValidationError) -> InvalidRequest:
+    """What msgspec says of a request that has a wrong type, with the field as its caller knows it."""
+    words, _, path = str(error).partition(" - at `$.")
+    place = path.rstrip("`")
+    for part in ("task.", "operation.", "sampling."):
+        place = place.removeprefix(part)
+    words = f"{words[:1].lower()}{words[1:]}"
+    return InvalidRequest(f"{place}: {words}" if place else words, param=place)

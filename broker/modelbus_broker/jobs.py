@@ -45,6 +45,7 @@ from .messages import (
 )
 from .publisher import Publisher
 from .reading import read_batch
+from .starts import Starts
 from .storing import packed, remove_message
 from .topology import depths
 
@@ -111,7 +112,7 @@ class Jobs:
         self._origin = names.new_publisher_id("job")
         self._answers = Bucket(self._bus, names.BUCKET_ANSWERS)
         self._records = Bucket(self._bus, names.BUCKET_JOBS)
-        self._runs = Bucket(self._bus, names.BUCKET_RUNS)
+        self._starts = Starts(self._bus)
         self._depths: dict[str, int] = {}
         self._depths_at = 0.0
 
@@ -334,10 +335,9 @@ class Jobs:
         """What is known of a job whose answer was not there; it may come while we look."""
         for _ in range(2):
             queued = await self._is_queued(record)
-            starts = await self._runs.get(names.message_id(record.id, 1))
+            starts = await self._starts.read(record.id, 1)
             if queued:
-                started = starts is not None and not starts.deleted and int(starts.value) > 0
-                return None, "running" if started else "waiting"
+                return None, "running" if starts else "waiting"
             if (kept := await read_kept(self._bus, record.id)) is not None:
                 return kept, "done"
             await asyncio.sleep(SETTLE_S)

@@ -17,7 +17,7 @@ import msgspec
 from . import names
 from .blobs import INLINE_LIMIT, put_blob
 from .connection import Bus, JetStreamError, Msg, NoResponders, parse_puback
-from .errors import BusUnavailable, InvalidRequest, ModelBusError, QueueFull
+from .errors import BusUnavailable, InvalidRequest, ModelBusError, QueueFull, misfit
 from .messages import Accepted, Request, decode_request, encode
 from .standstill import STUCK_S
 
@@ -225,19 +225,11 @@ async def packed(bus: Bus, request: Request, *, check: bool = False) -> bytes:
         try:
             decode_request(payload)
         except msgspec.ValidationError as error:
-            raise _misfit(error) from error
+            raise misfit(error) from error
     if len(payload) <= INLINE_LIMIT:
         return payload
     blob = await put_blob(bus, f"{request.id}.{request.attempt}", encode(request.task))
     return encode(msgspec.structs.replace(request, task=None, blob=blob))
-
-
-def _misfit(error: msgspec.ValidationError) -> InvalidRequest:
-    words, _, path = str(error).partition(" - at `$.")
-    place = path.rstrip("`")
-    for part in ("task.", "operation.", "sampling."):
-        place = place.removeprefix(part)
-    return InvalidRequest(f"{place}: {words[:1].lower()}{words[1:]}", param=place)
 
 
 async def remove_message(bus: Bus, stream: str, seq: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from modelbus_broker.asking import CallOptions
-from modelbus_broker.errors import InvalidRequest, UnsupportedField
+from modelbus_broker.errors import InvalidRequest, UnsupportedField, misfit
 from modelbus_broker.messages import (
     Capabilities,
     Chat,
@@ -284,8 +284,7 @@ def chat_task(messages: Messages, fields: Mapping[str, Any]) -> Chat:
     try:
         task = msgspec.convert(given, Chat)
     except msgspec.ValidationError as error:
-        words, _, path = str(error).partition(" - at `$.")
-        raise InvalidRequest(str(error), param=path.rstrip("`").removeprefix("sampling.")) from error
+        raise misfit(error) from error
     if task.sampling.seed is not None and not -(2**63) <= task.sampling.seed < 2**63:
         raise InvalidRequest("seed must be an integer of 64 bits", param="seed")
     if not task.messages:

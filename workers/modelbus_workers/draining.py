@@ -96,7 +96,7 @@ class Draining:
             if execution.handed_over and key in self._intake.outbox.rings:
                 # Its publisher is gone or cut off. Another worker gets the message now, not after its ack wait.
                 await self._intake.give_again(execution)
-        await self._intake.settle(ABORT_S)
+        await self._intake.endings.settle(ABORT_S)
 
 
 def exit_after(seconds: float) -> None:

@@ -93,7 +93,7 @@ class Worker:
         self.ledger.ask, self.ledger.heard = self.liveness.ask, self.liveness.heard
         self.executions = self.intake.executions
         self.pulse = Pulse(self._stood_still)
-        self.intake.pulse, self.intake.reach = self.pulse.beat, self.liveness.reaches
+        self.intake.pulse, self.intake.starting.reach = self.pulse.beat, self.liveness.reaches
         #: A worker inside another program must not end that.
         self._watched = exit_after is not None
         self.draining = Draining(
@@ -174,7 +174,7 @@ class Worker:
             take=intake.take,
             priority=self.deployment.priority,
         )
-        intake.wake, intake.pause = self._puller.wake, self._puller.pause
+        intake.wake, intake.endings.pause = self._puller.wake, self._puller.pause
         garbage.settle()
         prefer_throughput()
         await self.set_state("ok")
