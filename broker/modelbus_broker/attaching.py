@@ -1,14 +1,12 @@
 """Taking up a request that another publisher had: its reader has come here.
 
-What is known of it lies in several places, asked in this order: the publisher that has it, the workers, the kept
-answers, the frames that passed (``MB_OUT``), and the queues, where a request stays until it is answered. ``decide``
-says what follows from it; the rest of this module asks and acts.
+The publisher that has it is asked first, and then what the bus still knows is looked through (``remains``). ``decide`` says what
+follows from it; the rest of this module acts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -19,9 +17,8 @@ import msgspec
 from . import names
 from .blobs import get_blob
 from .calls import Call
-from .connection import Msg, NoResponders
+from .connection import NoResponders
 from .errors import (
-    AnswerNotKept,
     BusUnavailable,
     DeadlineExceeded,
     ModelBusError,
@@ -29,13 +26,11 @@ from .errors import (
     StreamNotResumable,
 )
 from .failover import Again, Progress, RunEnd, next_attempt
-from .history import History, Seen, covers, stand_ins
-from .kept import frames_of, read_kept
+from .history import Seen, covers, stand_ins
 from .messages import (
     Accepted,
     Adopt,
     Failed,
-    FindRun,
     FoundRun,
     Frame,
     Held,
@@ -44,28 +39,19 @@ from .messages import (
     decode_found,
     decode_frames,
     decode_held,
-    decode_request,
     encode,
 )
 from .publisher import Publisher
 from .pulling import parse_ack_subject
-from .reading import read_batch
+from .remains import ASK_S, Remains
 from .starts import Starts
 
 log = logging.getLogger(__name__)
 
-#: Publishers and workers answer within so long, or they are not there.
-ASK_S = 0.5
-#: After the first worker has answered, others that hold the same request have so long.
-OTHERS_S = 0.03
 #: Between two looks, at first and at last.
 LOOK_S, LOOK_AGAIN_S = 0.2, 1.0
 #: A request that nobody has for so long, and that is not in its queue, or was with a worker, is lost.
 NOBODY_S = 2.0
-#: The clocks of publishers and of the bus differ by less.
-SKEW_MS = 10_000
-#: A first attempt is stored within so long of its id's time.
-STORED_WITHIN_MS = 120_000
 #: Further than the end of any run.
 _NO_FRAMES = 1 << 60
 
@@ -171,8 +157,8 @@ class _Pursuit:
         self._request = asked
         self._stored = True
         self._published_again = False
-        self._history = History()
-        self._read_up_to: dict[str, int] = {}  #: subject -> the next sequence to read there
+        self._remains = Remains(self._bus, request_id, seen)
+        self._history = self._remains.history
         self._nobody_since = 0.0
         self._pause_s = LOOK_S
         now = asyncio.get_running_loop().time()
@@ -217,7 +203,7 @@ class _Pursuit:
     async def _look(self) -> bool:
         """True when the call has got what is to be had: it runs here now, or it is over."""
         held = await self._ask_publishers()
-        found = None if held is not None and not held.given else await self._find()
+        found = None if held is not None and not held.given else await self._remains.find()
         if found is not None and found.publisher not in ("", self._publisher.id, self._origin):
             # Another one has taken it up before us.
             held = await self._ask(found.publisher) or held
@@ -253,25 +239,25 @@ class _Pursuit:
             self._nobody_since = time.monotonic()
         kept_by_other = held is not None and held.known and not held.given
         if kept_by_other:
-            return Known(held=not await self._read_kept(), complete=self._is_complete())
+            return Known(held=not await self._remains.read_kept(), complete=self._remains.is_complete())
         belongs = here
         if here:
             assert found is not None
             belongs = await self._belongs(found)
             if belongs:
                 return Known(running=True)
-        await self._read_kept()
-        if not self._is_complete():
-            await self._read_all_frames()
+        await self._remains.read_kept()
+        if not self._remains.is_complete():
+            await self._remains.read_all_frames()
         queued = False
-        if not here and not self._is_complete():
+        if not here and not self._remains.is_complete():
             queued = await self._is_queued()
         elif here and found is not None and found.request is not None:
             self._request = found.request
         return Known(
             running=here,
             belongs=belongs,
-            complete=self._is_complete(),
+            complete=self._remains.is_complete(),
             failed=self._history.failure() is not None and not queued,
             seen_frames=self._seen is not None and covers(self._history.chain(self._seen.run) or (), self._seen),
             begun=self._seen is not None,
@@ -279,10 +265,6 @@ class _Pursuit:
             queued=queued,
             nobody_for_s=time.monotonic() - self._nobody_since if self._nobody_since else 0.0,
         )
-
-    def _is_complete(self) -> bool:
-        answer = self._history.complete()
-        return answer is not None and covers(answer, self._seen)
 
     # Asking
 
@@ -327,86 +309,11 @@ class _Pursuit:
         if left_ms:
             self._until = self.call.deadline = asyncio.get_running_loop().time() + left_ms / 1000
 
-    async def _find(self) -> FoundRun | None:
-        """What the workers say; the newest run counts, and one whose frames are still there before one that is gone."""
-        answers: list[FoundRun] = []
-        heard = asyncio.Event()
-
-        def take(msg: Msg) -> None:
-            if msg.status != "503":
-                with contextlib.suppress(msgspec.MsgspecError):
-                    answers.append(decode_found(msg.data))
-            heard.set()
-
-        inbox = self._bus.new_inbox()
-        subscription = await self._bus.subscribe(inbox, take)
-        try:
-            await self._bus.publish(names.FIND, encode(FindRun(id=self._id)), reply=inbox)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ASK_S):
-                    await heard.wait()
-            if answers:
-                await asyncio.sleep(OTHERS_S)
-        finally:
-            await subscription.unsubscribe()
-        return max(answers, key=lambda found: (found.first >= 0, *names.parse_run(found.state.run)[:2]), default=None)
-
-    # Reading what was kept
-
-    async def _read_kept(self) -> bool:
-        """Reads the answer that its worker has kept. False: there is none."""
-        if (kept := await read_kept(self._bus, self._id)) is None:
-            return False
-        if kept.lost:
-            raise AnswerNotKept(f"the request was answered, but its answer was not kept: {kept.lost}")
-        self._history.add(await frames_of(self._bus, kept))
-        return True
-
-    async def _read_all_frames(self) -> None:
-        """Those that went to the publisher in the id, then those that went to others: there are more to look through."""
-        await self._read_frames(f"mb.rsp.{self._origin}.*")
-        if not self._is_complete():
-            await self._read_frames("mb.rsp.*.*")
-
-    async def _read_frames(self, subject: str) -> None:
-        """Reads the frames that have passed since the last look."""
-        needle = self._id.encode()
-        seq = self._read_up_to.get(subject, 0)
-        while True:
-            since_ms = 0.0 if seq else max(1.0, self._started_ms - SKEW_MS)
-            found = await read_batch(
-                self._bus, names.STREAM_OUT, subject, seq=max(seq, 1), since_ms=since_ms, batch=1000
-            )
-            if not found:
-                return
-            for message in found:
-                if needle in message.data:
-                    with contextlib.suppress(msgspec.MsgspecError):
-                        self._history.add(f for f in decode_frames(message.data) if f.id == self._id)
-            seq = self._read_up_to[subject] = found[-1].seq + 1
-
     async def _is_queued(self) -> bool:
-        """Looks for the request in the queues, where a message stays until its worker acknowledges it."""
-        token = names.model_token(self._model) if self._model else "*"
-        last_ms = self._started_ms + STORED_WITHIN_MS
-        searches = [
-            (names.STREAM_RE, f"mb.re.{token}.>", float("inf")),
-            (names.STREAM_HI, f"mb.req.{token}.hi.>", last_ms),
-            (names.STREAM_LO, f"mb.req.{token}.lo.>", last_ms),
-        ]
-        for stream, subject, until_ms in searches:
-            since_ms, seq = max(1.0, self._started_ms - SKEW_MS), 1
-            while found := await read_batch(self._bus, stream, subject, seq=seq, since_ms=since_ms, batch=256):
-                for message in found:
-                    if message.message_id.rpartition(".")[0] == self._id:
-                        request = decode_request(message.data)
-                        left_ms = message.stored_ms + request.budget_ms - time.time_ns() / 1e6
-                        self._learn(request, max(1, round(left_ms)))
-                        return True
-                if found[-1].stored_ms > until_ms:
-                    break
-                seq, since_ms = found[-1].seq + 1, 0.0
-        return False
+        if (found := await self._remains.queued(self._model)) is None:
+            return False
+        self._learn(*found)
+        return True
 
     # Acting
 
@@ -419,7 +326,7 @@ class _Pursuit:
             return False
         if request.continues == seen.run:
             return _reaches(_starts(request), seen.positions)
-        await self._read_all_frames()
+        await self._remains.read_all_frames()
         return covers(self._history.before(request.continues, _starts(request)) or (), seen)
 
     async def _adopt(self, found: FoundRun) -> bool:
@@ -473,7 +380,7 @@ class _Pursuit:
         if request.earlier or request.earlier_blob is not None:
             blob = request.earlier_blob
             return decode_frames(request.earlier if blob is None else await get_blob(self._bus, blob))
-        await self._read_all_frames()
+        await self._remains.read_all_frames()
         starts = _starts(request)
         earlier = self._history.before(request.continues, starts)
         if earlier is None and self._seen is not None:
@@ -489,7 +396,7 @@ class _Pursuit:
         """What the run said before the first frame that its worker still has; raises as ``_earlier``."""
         if not found.first:
             return []
-        await self._read_all_frames()
+        await self._remains.read_all_frames()
         frames = self._history.run(found.state.run)[: found.first]
         if len(frames) < found.first:
             raise StreamNotResumable("the beginning of the answer is no longer kept")
