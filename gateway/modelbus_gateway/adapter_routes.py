@@ -8,7 +8,7 @@ from modelbus_broker.adapters import add_adapter, remove_adapter
 from modelbus_broker.errors import InvalidRequest
 
 from .bodies import Body
-from .handlers import GATEWAY, Gateway
+from .gateway import GATEWAY, Gateway
 
 
 class LoadRequest(msgspec.Struct, kw_only=True):

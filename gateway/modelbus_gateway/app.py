@@ -17,7 +17,7 @@ from .batches import routes as batch_routes
 from .delivery import ClientWatch
 from .edge import Traffic, edge
 from .files import routes as file_routes
-from .handlers import GATEWAY, Gateway
+from .gateway import GATEWAY, Gateway
 from .metrics import Metrics
 from .settings import GatewaySettings
 from .vector_stores import routes as vector_routes

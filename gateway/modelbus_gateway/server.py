@@ -15,7 +15,7 @@ from modelbus_broker.scheduling import prefer_throughput
 
 from .app import create_app
 from .dispatch import shorten
-from .handlers import GATEWAY
+from .gateway import GATEWAY
 from .settings import GatewaySettings
 
 #: What still runs when the gateway ends has so long to say so.

@@ -20,7 +20,7 @@ from modelbus_broker.messages import Deployment, Storage, decode_request
 from modelbus_broker.messages.files import IndexFile
 from modelbus_broker.messages.search import CreateStore
 from modelbus_broker.reading import read_stream
-from modelbus_gateway.handlers import GATEWAY, Gateway
+from modelbus_gateway.gateway import GATEWAY, Gateway
 from modelbus_gateway.server import listening
 from modelbus_gateway.settings import GatewaySettings
 from modelbus_gateway.vector_stores.records import VectorStoreRecords, now_ms

@@ -11,7 +11,7 @@ from modelbus_broker.messages.files import BatchRecord
 
 from ..bodies import Body
 from ..checks import life_s, not_one_of, pairs
-from ..handlers import GATEWAY, json_response
+from ..gateway import GATEWAY, json_response
 from ..paging import list_page, paging
 from .records import KEPT_S, OVER, BatchRecords, entered, new_batch_id, now_ms
 from .rows import ENDPOINTS

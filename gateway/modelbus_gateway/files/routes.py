@@ -14,7 +14,7 @@ from modelbus_broker.messages.files import FileRecord
 
 from ..checks import life_s, not_one_of
 from ..edge import EXCHANGE
-from ..handlers import GATEWAY, json_response
+from ..gateway import GATEWAY, json_response
 from ..paging import Deleted, list_page, paging
 from .store import FileStore, Upload
 

@@ -9,7 +9,7 @@ from modelbus_broker.messages.files import VectorStoreFileRecord
 from msgspec import UNSET
 
 from ..checks import not_one_of
-from ..handlers import GATEWAY, json_response
+from ..gateway import GATEWAY, json_response
 from ..paging import Deleted, list_page, paging
 from . import types
 from .indexing import chunks_of_file
