@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import modelbus
-from modelbus.search.store import EMBED_AT_ONCE, EMBED_TEXTS, gathered
+from modelbus.search.embedding import embed
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.messages import Capabilities, Deployment
 
@@ -78,11 +78,8 @@ async def knowledge(stand: Stand, plan: Plan) -> list[Line]:
             again = await kb.build(folder / "files")
             texts = [f"{chunk.title}\n{chunk.text}" async for chunk in kb.store.chunks()]
             # The floor: the same texts, embedded and nothing else.
-            alone = Timed(client)
-            store = modelbus.AsyncStore("none", client=alone)
-            parts = [texts[at : at + EMBED_TEXTS] for at in range(0, len(texts), EMBED_TEXTS)]
             began = time.perf_counter()
-            await gathered([store._embed("minilm", part, "lo") for part in parts], EMBED_AT_ONCE)
+            await embed(client, "minilm", texts, "lo")
             floor = time.perf_counter() - began
             await kb.drop()
     finally:

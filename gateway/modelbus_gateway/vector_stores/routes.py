@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 from aiohttp import web
-from modelbus.search.store import gathered
+from modelbus.gathering import gathered
 from modelbus_broker.messages.files import VectorStoreFileRecord
 from msgspec import UNSET
 

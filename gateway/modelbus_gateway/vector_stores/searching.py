@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import msgspec
+from modelbus.gathering import gathered
 from modelbus.model_client import ModelClient
-from modelbus.search.store import AsyncStore, SearchResult, gathered
+from modelbus.search.store import AsyncStore, SearchResult
 from modelbus_broker.errors import InvalidRequest
 from modelbus_broker.messages.search import Fusion, Hit, Span, Value
 

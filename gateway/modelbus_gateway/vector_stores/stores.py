@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 from modelbus.client import Client
-from modelbus.search.store import AsyncStore, gathered
+from modelbus.gathering import gathered
+from modelbus.search.store import AsyncStore
 from modelbus_broker.connection import Bus
 from modelbus_broker.errors import InvalidRequest, ModelBusError, ModelUnavailable, NotFound
 from modelbus_broker.messages.files import (

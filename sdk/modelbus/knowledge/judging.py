@@ -9,8 +9,8 @@ import msgspec
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.errors import OutputError
 
+from ..gathering import gathered
 from ..model_client import ModelClient
-from ..search.store import gathered
 from ..structure import Ladder, answer
 
 #: Requests to the model that judges, at the same time.

@@ -77,6 +77,11 @@ def chunk_of(item: Item) -> Chunk:
     return chunk
 
 
+def whole_text(chunk: Chunk) -> str:
+    """What a model reads of a chunk: title and text."""
+    return f"{chunk.title}\n{chunk.text}" if chunk.title else chunk.text
+
+
 def must_be_unicode(text: str, what: str, param: str) -> None:
     """Raises: InvalidRequest: it is no text, or half a surrogate pair is in it, which no message can carry."""
     if not isinstance(text, str):

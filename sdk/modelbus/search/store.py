@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import msgspec
 from modelbus_broker.asking import CallOptions
 from modelbus_broker.errors import (
-    ContextLengthExceeded,
     DeadlineExceeded,
     InvalidRequest,
     ModelBusError,
@@ -39,16 +37,24 @@ from modelbus_broker.messages.search import (
     Written,
 )
 
+from ..gathering import gathered
 from ..model_client import ModelClient
 from .asking import DEFAULT_SERVICE, R, ask
-from .items import Item, Order, Vector, Where, batches, chunk_of, filter_of, must_be_unicode, packed, sort_of
+from .embedding import embed, embedded
+from .items import (
+    Item,
+    Order,
+    Vector,
+    Where,
+    batches,
+    chunk_of,
+    filter_of,
+    must_be_unicode,
+    packed,
+    sort_of,
+    whole_text,
+)
 
-T = TypeVar("T")
-
-#: Texts of one request to an embedding model, and such requests at once.
-EMBED_TEXTS, EMBED_AT_ONCE = 32, 4
-#: From so many texts on nobody waits for each: they go through the lane for batches.
-MANY_TEXTS = 64
 UPSERTS_AT_ONCE = 4
 PAGE = 200
 
@@ -202,7 +208,7 @@ class AsyncStore:
         chunks = [chunk_of(item) for item in given]
         record = await self._made()
         if record.embedding_model:
-            chunks = await self._embedded(record, chunks, lane)
+            chunks = await embedded(await self._asks(), record, chunks, lane)
         await self.write_as_it_is(chunks)
         return [chunk.id for chunk in chunks]
 
@@ -308,7 +314,7 @@ class AsyncStore:
             )
         found_by = packed(vector) if vector is not None and mode != "text" else b""
         if embeds:
-            (found_by,) = await self._embed(record.embedding_model, [query], prefix=record.query_prefix)
+            (found_by,) = await embed(await self._asks(), record.embedding_model, [query], prefix=record.query_prefix)
         search = Search(
             stores=[self.name, *also],
             text="" if mode == "vector" else query,
@@ -343,7 +349,7 @@ class AsyncStore:
         if not query or not result.hits:
             return result
         client = await self._asks()
-        texts = [f"{hit.chunk.title}\n{hit.chunk.text}" if hit.chunk.title else hit.chunk.text for hit in result.hits]
+        texts = [whole_text(hit.chunk) for hit in result.hits]
         options = CallOptions(budget_ms=max(1, round(timeout_s * 1000)))
         try:
             async with asyncio.timeout(timeout_s):
@@ -365,31 +371,6 @@ class AsyncStore:
             for document in ranking.documents
         ]
         return msgspec.structs.replace(result, hits=hits, reranked=True)
-
-    # Embedding
-
-    async def _embedded(
-        self, record: StoreRecord, chunks: list[Chunk], lane: Literal["hi", "lo"] | None
-    ) -> list[Chunk]:
-        """The chunks, those with a text and no vector with the vector of their title and text."""
-        at = [n for n, chunk in enumerate(chunks) if not chunk.vector and (chunk.text.strip() or chunk.title.strip())]
-        if not at:
-            return chunks
-        texts = [_embedded_text(chunks[n]) for n in at]
-        vectors = await self._embed(record.embedding_model, texts, lane, prefix=record.passage_prefix)
-        result = list(chunks)
-        for n, vector in zip(at, vectors, strict=True):
-            result[n] = msgspec.structs.replace(chunks[n], vector=vector)
-        return result
-
-    async def _embed(
-        self, model: str, texts: Sequence[str], lane: Literal["hi", "lo"] | None = None, *, prefix: str = ""
-    ) -> list[bytes]:
-        client = await self._asks()
-        options = CallOptions(lane=lane or ("lo" if len(texts) >= MANY_TEXTS else "hi"), wait=True)
-        parts = [texts[start : start + EMBED_TEXTS] for start in range(0, len(texts), EMBED_TEXTS)]
-        answers = await gathered([_vectors(client, model, part, prefix, options) for part in parts], EMBED_AT_ONCE)
-        return [packed(vector) for vectors in answers for vector in vectors]
 
     # Asking
 
@@ -432,63 +413,5 @@ class AsyncStore:
         return self._client
 
 
-async def _vectors(
-    client: ModelClient, model: str, texts: Sequence[str], prefix: str, options: CallOptions
-) -> list[list[float]]:
-    """The vectors of texts. Of one that is longer than the model takes: the mean of those of its halves, by their lengths.
-
-    Averaging the parts of a long text is what OpenAI's cookbook does ("Embedding texts that are longer than the model's
-    maximum context length").
-    """
-    try:
-        return (await client.embed(model, [prefix + text for text in texts], options=options)).vectors
-    except ContextLengthExceeded:
-        if len(texts) > 1:
-            half = len(texts) // 2
-            first = await _vectors(client, model, texts[:half], prefix, options)
-            return first + await _vectors(client, model, texts[half:], prefix, options)
-        (text,) = texts
-        if len(text) < 2:
-            raise
-        left, right = _halves(text)
-        a, b = await _vectors(client, model, [left, right], prefix, options)
-        mean = [x * len(left) + y * len(right) for x, y in zip(a, b, strict=True)]
-        length = math.sqrt(sum(x * x for x in mean)) or 1.0
-        return [[x / length for x in mean]]
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """Cut at the white space that is nearest to the middle, if there is one not far from it."""
-    middle, far = len(text) // 2, len(text) // 4
-    for away in range(far):
-        for at in (middle + away, middle - away):
-            if text[at].isspace() and text[:at].strip() and text[at:].strip():
-                return text[:at], text[at:]
-    return text[:middle], text[middle:]
-
-
-async def gathered(work: Sequence[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
-    """The results in their order; so many run at the same time. The first error ends the others and is raised."""
-    gate = asyncio.Semaphore(at_once)
-
-    async def one(coroutine: Coroutine[Any, Any, T]) -> T:
-        async with gate:
-            return await coroutine
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(coroutine)) for coroutine in work]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors
-    finally:
-        for coroutine in work:
-            coroutine.close()  # those that never began
-    return [task.result() for task in tasks]
-
-
 def _listed(texts: str | Iterable[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
-
-
-def _embedded_text(chunk: Chunk) -> str:
-    return f"{chunk.title}\n{chunk.text}" if chunk.title else chunk.text

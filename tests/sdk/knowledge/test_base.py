@@ -19,7 +19,7 @@ from modelbus.knowledge.answering import cited, fitting
 from modelbus.knowledge.base import knowledge_bases
 from modelbus.knowledge.recall import parts
 from modelbus.knowledge.routing import nearest
-from modelbus.search.store import _halves
+from modelbus.search.embedding import _halves
 from modelbus_broker.credentials import make_credentials
 from modelbus_broker.messages import Context, Deployment
 from modelbus_broker.messages.search import Chunk
