@@ -12,7 +12,7 @@ import modelbus
 import pytest
 from modelbus.background import BackgroundLoop
 from modelbus.errors import ConfigurationError, InvalidRequest, ModelNotFound, OutputError
-from modelbus.sync import request_fields
+from modelbus.llm_config import request_fields
 from modelbus.testing import ScriptedAnswer, ScriptedCall, ScriptedModel, stand_in
 
 from tests.helpers.cluster import Cluster

@@ -23,26 +23,11 @@ import msgspec
 from modelbus import tracing
 from modelbus_broker import garbage, names
 from modelbus_broker.buckets import Bucket
-from modelbus_broker.connection import Bus, Msg
+from modelbus_broker.connection import Bus
 from modelbus_broker.errors import BusUnavailable, ModelBusError
 from modelbus_broker.messages import (
-    Adapter,
-    AdapterChecked,
-    Adopt,
-    Alive,
-    Answered,
-    Cancelled,
     Capabilities,
-    CheckAdapter,
-    FoundRun,
-    Go,
-    LetGo,
-    Measure,
-    Probe,
-    Resend,
-    Stop,
     WorkerRecord,
-    decode_control,
     encode,
 )
 from modelbus_broker.pulling import Puller
@@ -50,9 +35,9 @@ from modelbus_broker.scheduling import prefer_throughput
 from modelbus_broker.topology import consumers_of, restore_memory
 
 from .admission import clock_offset_ms
+from .control import Control
 from .draining import Draining, exit_after
 from .engines.base import Engine, EngineConfig, engine_class
-from .execution import Execution
 from .finding import Finding
 from .intake import Intake
 from .job import EXIT_START_FAILED, EXIT_STOPPED, WorkerJob
@@ -90,6 +75,7 @@ class Worker:
         self.intake = Intake(self.id, self.deployment, bus, engine, self.outbox, self.ledger)
         self.liveness = Liveness(bus, self.id, self, orphan_grace_s=self.deployment.orphan_grace_s)
         self.finding = Finding(self.id, self.intake)
+        self._control = Control(self)
         self.ledger.ask, self.ledger.heard = self.liveness.ask, self.liveness.heard
         self.executions = self.intake.executions
         self.pulse = Pulse(self._stood_still)
@@ -163,8 +149,8 @@ class Worker:
         await self._first_server_clock()
         self.ledger.start()
         for who in (self.id, names.ALL_WORKERS):
-            await self.bus.subscribe(names.control_subject(who), self._on_control)
-        await self.bus.subscribe(names.FIND, self._on_find)
+            await self.bus.subscribe(names.control_subject(who), self._control.hear)
+        await self.bus.subscribe(names.FIND, self._control.asked)
         self.bus.on_reconnect(self._on_reconnect)
         compats = [intake.compat] if intake.compat else []
         self._puller = Puller(
@@ -298,83 +284,6 @@ class Worker:
                 await self._read_server_clock()
             self.outbox.sweep()
 
-    # Control
-
-    def _on_control(self, msg: Msg) -> None:
-        try:
-            message = decode_control(msg.data)
-        except msgspec.MsgspecError as error:
-            log.warning("a control message cannot be decoded: %s", error)
-            return
-        match message:
-            case Stop():
-                self._stop(message, msg.reply)
-            case Go(id=request_id, run=run):
-                for execution in self._executions_of(request_id, run):
-                    if execution.go is not None and not execution.go.done():
-                        execution.go.set_result(True)
-            case LetGo(id=request_id, run=run):
-                for execution in self._executions_of(request_id, run):
-                    execution.let_go()
-            case Answered():
-                self.intake.answered_elsewhere(message)
-            case Resend(id=request_id, run=run, seq=seq):
-                self.outbox.resend(request_id, run, seq)
-            case Adopt():
-                self.liveness.hear_of(message.publisher)
-                self._reply(msg, self.finding.adopt(message))
-            case Probe(publisher=publisher):
-                self._reply(msg, self.liveness.alive_for(publisher))
-            case Measure():
-                if msg.reply:
-                    self._spawn(self._send(msg.reply, self.engine.metrics().encode()))
-            case CheckAdapter(adapter=adapter):
-                if msg.reply:
-                    self._spawn(self._check_adapter(adapter, msg.reply))
-
-    async def _check_adapter(self, adapter: Adapter, reply: str) -> None:
-        fingerprint = words = ""
-        try:
-            fingerprint = await self.engine.check_adapter(adapter)
-        except ModelBusError as error:
-            words = error.message
-        except Exception as error:  # an engine may raise anything; its words go to who asks
-            log.exception("adapter %s cannot be checked", adapter.name)
-            words = f"{type(error).__name__}: {error}"
-        answer = AdapterChecked(worker=self.id, host=socket.gethostname(), fingerprint=fingerprint, words=words)
-        await self._send(reply, encode(answer))
-
-    def _on_find(self, msg: Msg) -> None:
-        self._reply(msg, self.finding.found(msg))
-
-    def _reply(self, msg: Msg, answer: Alive | FoundRun | None) -> None:
-        if msg.reply and answer is not None:
-            self._spawn(self._send(msg.reply, encode(answer)))
-
-    def _stop(self, message: Stop, reply: str) -> None:
-        found = self._executions_of(message.id, message.run)
-        for execution in found:
-            if reply:
-                self._spawn(self._tell_of_stop(execution, execution.state, reply))
-            execution.stop(message.reason)
-        if not found and not message.run:
-            self.intake.cancel(message.id)  # it may be on its way
-
-    async def _tell_of_stop(self, execution: Execution, was: Literal["held", "running", "ended"], reply: str) -> None:
-        """Says that the run is here, and when its engine has let go."""
-        if was != "ended":
-            answer = Cancelled(id=execution.request.id, was=was, worker=self.id)
-            await self._send(reply, encode(answer))
-            if execution.task is not None:
-                await asyncio.wait([execution.task])
-            await self._send(reply, encode(msgspec.structs.replace(answer, stopped=True)))
-
-    def _executions_of(self, request_id: str, run: str) -> list[Execution]:
-        if run:
-            found = self.executions.get(names.run_key(request_id, run))
-            return [found] if found else []
-        return [execution for execution in self.executions.values() if execution.request.id == request_id]
-
     # Timers
 
     async def _keep_in_progress(self) -> None:
@@ -389,10 +298,6 @@ class Worker:
         for ack_subject in [*held, *self.ledger.waiting]:
             with contextlib.suppress(BusUnavailable):
                 await self.bus.publish(ack_subject, b"+WPI")
-
-    async def _send(self, subject: str, payload: bytes) -> None:
-        with contextlib.suppress(BusUnavailable):
-            await self.bus.publish(subject, payload)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)

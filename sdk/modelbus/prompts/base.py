@@ -14,9 +14,9 @@ from modelbus_broker.asking import CallOptions
 from modelbus_broker.errors import PromptError
 from modelbus_broker.messages import ChatMessage, Ladder, TextPart
 
+from ..llm_config import request_fields
 from ..model_client import Messages, ModelClient, chat_task
 from ..structure import OutputType, Result, output_type
-from ..sync import request_fields
 from ..versions import PromptVersion, version_of
 from .caching import Caching
 from .cuts import Cut, ItemsCut, PartialsCut, TextCut
