@@ -19,7 +19,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
     """What the bus holds at the end."""
 
     outcomes: Counter[str]  #: of all runs, by their usage events
-    unbilled: int  #: answers whose worker was killed between the last frame and the bill
+    unbilled: int  #: answers whose worker was killed between the last frame and the bill, and then their gateway
     replaced: int  #: answers of which an earlier run was booked too: its worker, or its publisher, was killed
     failures: list[str]  #: what must not be
 

@@ -50,7 +50,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             *((f"trouble: {what}", count) for what, count in sorted(self.trouble.items())),
             *((f"asked again: {why}", count) for why, count in sorted(self.again.items())),
             *((f"runs: {outcome}", count) for outcome, count in sorted(self.outcomes.items())),
-            ("answered, and the worker killed before it was billed", self.unbilled),
+            ("answered, worker and gateway killed before it was billed", self.unbilled),
             ("answered, and billed by the last of several runs", self.replaced),
             ("failures", len(self.failures)),
         ]
@@ -78,8 +78,8 @@ async def chaos(
         failures = list(asking.failures)
         failures += [f"the id {id} stands for {count} answers" for id, count in Counter(answered).items() if count > 1]
         books = await audit(stage.bus, MODEL, answered)
-        # The answer goes out before its bill is stored, which takes its time while a leader is chosen: a few for each
-        # worker that is killed in between, and not more.
+        # The answer goes out before its bill is stored, which takes its time while a leader is chosen. Another worker
+        # stores the bill of one that is killed in between, if the gateway still lives: a few for each kill, and not more.
         if books.unbilled > 4 * trouble.done["worker SIGKILL"]:
             failures.append(f"{books.unbilled} answers were never billed")
     return Report(
